@@ -1,0 +1,44 @@
+// linear_scan: h_t = a_t * h_{t-1} + b_t, elementwise, h_0 given; with `reverse` time runs from
+// the last step to the first. Blelloch 1990 names the recurrence; Martin & Cundy 2018 (ICLR)
+// its use in recurrent networks.
+//
+// Backward, for the cotangents dh of h and dh_last of the last state:
+//   g_t = dh_t + a_{t+1} g_{t+1},  g_T has dh_last added
+//   db_t = g_t,  da_t = g_t h_{t-1},  dh_0 = a_1 g_1
+// and, where the gate came as a logarithm, da_t = g_t a_t h_{t-1}.
+#pragma once
+#include "simd/isa.h"
+#include "view.h"
+
+namespace recurra {
+
+struct LinearScan {
+  View<3> a, b, h;  // (B, T, D); any dimension of a may be 1
+  View<2> h0, h_last;
+  Sequences sequences;
+  bool log_a = false, reverse = false;
+};
+
+struct LinearScanBackward {
+  View<3> a, h, dh;
+  View<2> h0, dh_last;
+  View<3> da, db;
+  View<2> dh0;
+  // For a broadcast `a`: partial sums in the compute type, (B, T, D) of a, except that a D of 1
+  // becomes ceil(D / 16) of h, one sum for each sixteen channels.
+  View<3> partial;
+  Sequences sequences;
+  bool log_a = false, reverse = false;
+};
+
+struct LinearScanStep {
+  View<2> h, a, b, out;     // h (slots, D); a, b, out (B, D)
+  const int64_t* slots = nullptr;  // state of each row; negative: skip and return zeros
+  bool log_a = false;
+};
+
+}  // namespace recurra
+
+RECURRA_KERNEL(linear_scan, LinearScan)
+RECURRA_KERNEL(linear_scan_backward, LinearScanBackward)
+RECURRA_KERNEL(linear_scan_step, LinearScanStep)

@@ -1,0 +1,39 @@
+// Which instruction set this process uses, and how a kernel compiled once per set is called.
+#pragma once
+
+namespace recurra {
+
+enum class Isa : int { scalar, avx2, avx512 };
+
+// The best instruction set of this machine, capped by RECURRA_ISA (scalar, avx2 or avx512).
+Isa isa();
+const char* isa_name(Isa isa);
+
+// Caps the choice from now on, as RECURRA_ISA does at the start; throws on an unknown name.
+void cap_isa(const char* name);
+
+}  // namespace recurra
+
+// Declares NAME(const ARGS&) in each instruction set's namespace, and recurra::NAME, which calls
+// the chosen one. A kernel file defines NAME in recurra::RECURRA_ISA and is compiled once per set.
+#if defined(__x86_64__)
+#define RECURRA_KERNEL(NAME, ARGS)                      \
+  namespace recurra {                                   \
+  namespace scalar { void NAME(const ARGS& args); }     \
+  namespace avx2 { void NAME(const ARGS& args); }       \
+  namespace avx512 { void NAME(const ARGS& args); }     \
+  inline void NAME(const ARGS& args) {                  \
+    switch (isa()) {                                    \
+      case Isa::avx512: return avx512::NAME(args);      \
+      case Isa::avx2: return avx2::NAME(args);          \
+      default: return scalar::NAME(args);               \
+    }                                                   \
+  }                                                     \
+  }
+#else
+#define RECURRA_KERNEL(NAME, ARGS)                      \
+  namespace recurra {                                   \
+  namespace scalar { void NAME(const ARGS& args); }     \
+  inline void NAME(const ARGS& args) { scalar::NAME(args); } \
+  }
+#endif

@@ -1,0 +1,230 @@
+// Tiles: a few time steps by a few channels of a tensor of any layout and dtype, as rows of lanes
+// in the compute type. This is where 16-bit storage is converted and where layouts in which time,
+// not the channel, is contiguous are transposed; kernels see only rows.
+#pragma once
+#include "parallel.h"
+#include "simd/vec.h"
+#include "view.h"
+
+namespace recurra::RECURRA_ISA {
+
+template <class T>
+constexpr DType kDType = sizeof(T) == 4 ? DType::f32 : DType::f64;
+
+// A (time, channel) plane of a tensor. Time may run backwards: stride_t is then negative.
+struct Plane {
+  char* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t stride_t = 0, stride_c = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+  RECURRA_INLINE Plane at(int64_t t, int64_t c) const {
+    return {data + (t * stride_t + c * stride_c) * item_size(dtype), dtype, stride_t, stride_c};
+  }
+};
+
+// The steps of a sequence in the order in which they are walked: forwards from `begin`, or
+// backwards from the last one.
+RECURRA_INLINE Plane plane(const View<3>& v, const Sequence& s, bool backwards, int64_t channel) {
+  if (!v) return {};
+  const int64_t first = backwards ? s.end - 1 : s.begin;
+  return {v.at(s.batch, first, channel), v.dtype, backwards ? -v.step(1) : v.step(1), v.step(2)};
+}
+
+// One row: the state of sequence n.
+RECURRA_INLINE Plane plane(const View<2>& v, int64_t n, int64_t channel) {
+  if (!v) return {};
+  return {v.at(n, channel), v.dtype, 0, v.step(1)};
+}
+
+template <class T>
+struct Tile {
+  T* data;
+  int64_t stride;  // between rows
+  RECURRA_INLINE T* row(int64_t t) const { return data + t * stride; }
+};
+
+template <class T>
+RECURRA_INLINE T load_element(const char* p, DType dtype) {
+  switch (dtype) {
+    case DType::f32: return static_cast<T>(*reinterpret_cast<const float*>(p));
+    case DType::f64: return static_cast<T>(*reinterpret_cast<const double*>(p));
+    default: {
+      uint16_t bits[kLanes] = {*reinterpret_cast<const uint16_t*>(p)};
+      float lanes[kLanes];
+      (dtype == DType::bf16 ? load_bf16(bits) : load_f16(bits)).store(lanes);
+      return static_cast<T>(lanes[0]);
+    }
+  }
+}
+
+template <class T>
+RECURRA_INLINE void store_element(char* p, DType dtype, T value) {
+  switch (dtype) {
+    case DType::f32: *reinterpret_cast<float*>(p) = static_cast<float>(value); break;
+    case DType::f64: *reinterpret_cast<double*>(p) = static_cast<double>(value); break;
+    default: {
+      uint16_t bits[kLanes];
+      const Vec<float> v(static_cast<float>(value));
+      dtype == DType::bf16 ? store_bf16(bits, v) : store_f16(bits, v);
+      *reinterpret_cast<uint16_t*>(p) = bits[0];
+    }
+  }
+}
+
+// n <= 16 consecutive elements as lanes; the other lanes are zero.
+template <class T>
+RECURRA_INLINE Vec<T> load_lanes(const char* p, DType dtype, int n) {
+  if (dtype == kDType<T>) {
+    const T* q = reinterpret_cast<const T*>(p);
+    return n == kLanes ? Vec<T>::load(q) : Vec<T>::load(q, n);
+  }
+  if constexpr (sizeof(T) == 4) {
+    if (dtype == DType::bf16 || dtype == DType::f16) {
+      const uint16_t* q = reinterpret_cast<const uint16_t*>(p);
+      uint16_t part[kLanes] = {};
+      if (n < kLanes) {
+        for (int i = 0; i < n; ++i) part[i] = q[i];
+        q = part;
+      }
+      return dtype == DType::bf16 ? load_bf16(q) : load_f16(q);
+    }
+  }
+  T lanes[kLanes] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = load_element<T>(p + i * item_size(dtype), dtype);
+  return Vec<T>::load(lanes);
+}
+
+template <class T>
+RECURRA_INLINE void store_lanes(char* p, DType dtype, Vec<T> v, int n) {
+  if (dtype == kDType<T>) {
+    T* q = reinterpret_cast<T*>(p);
+    return n == kLanes ? v.store(q) : v.store(q, n);
+  }
+  if constexpr (sizeof(T) == 4) {
+    if (dtype == DType::bf16 || dtype == DType::f16) {
+      uint16_t* q = reinterpret_cast<uint16_t*>(p);
+      uint16_t part[kLanes];
+      uint16_t* to = n == kLanes ? q : part;
+      dtype == DType::bf16 ? store_bf16(to, v) : store_f16(to, v);
+      if (n < kLanes)
+        for (int i = 0; i < n; ++i) q[i] = part[i];
+      return;
+    }
+  }
+  T lanes[kLanes];
+  v.store(lanes);
+  for (int i = 0; i < n; ++i) store_element<T>(p + i * item_size(dtype), dtype, lanes[i]);
+}
+
+template <class T>
+RECURRA_INLINE bool rows_in_place(const Plane& p, int64_t channels) {
+  return p.dtype == kDType<T> && p.stride_c == 1 && channels % kLanes == 0;
+}
+
+RECURRA_INLINE int at_most_lanes(int64_t n) { return n < kLanes ? static_cast<int>(n) : kLanes; }
+
+// Rows 0 .. steps-1 of a plane, in place where it already is rows of T and otherwise in `buffer`
+// with `width` numbers a row. Lanes from `channels` up to the next multiple of 16 are zero.
+template <class T>
+inline Tile<T> load_tile(const Plane& p, int64_t steps, int64_t channels, T* buffer,
+                         int64_t width) {
+  if (rows_in_place<T>(p, channels)) return {reinterpret_cast<T*>(p.data), p.stride_t};
+  const int64_t item = item_size(p.dtype);
+  if (p.stride_c == 1) {
+    for (int64_t t = 0; t < steps; ++t)
+      for (int64_t c = 0; c < channels; c += kLanes)
+        load_lanes<T>(p.data + (t * p.stride_t + c) * item, p.dtype, at_most_lanes(channels - c))
+            .store(buffer + t * width + c);
+  } else if (p.stride_t == 1 || p.stride_t == -1) {
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const int lanes = at_most_lanes(channels - c);
+      for (int64_t t = 0; t < steps; t += kLanes) {
+        const int n = at_most_lanes(steps - t);
+        // Time ascends in memory; walked backwards, the run starts at its last step.
+        const char* from = p.data + (p.stride_t > 0 ? t : -(t + n - 1)) * item;
+        Vec<T> rows[kLanes];
+        for (int i = 0; i < kLanes; ++i)
+          rows[i] = i < lanes ? load_lanes<T>(from + (c + i) * p.stride_c * item, p.dtype, n)
+                              : Vec<T>(T(0));
+        transpose(rows);
+        if (n == kLanes && p.stride_t > 0)
+          for (int i = 0; i < kLanes; ++i) rows[i].store(buffer + (t + i) * width + c);
+        else
+          for (int i = 0; i < n; ++i)
+            rows[p.stride_t > 0 ? i : n - 1 - i].store(buffer + (t + i) * width + c);
+      }
+    }
+  } else {
+    for (int64_t t = 0; t < steps; ++t)
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        const char* from = p.data + (t * p.stride_t + c * p.stride_c) * item;
+        T lanes[kLanes] = {};
+        for (int i = 0; i < at_most_lanes(channels - c); ++i)
+          lanes[i] = load_element<T>(from + i * p.stride_c * item, p.dtype);
+        Vec<T>::load(lanes).store(buffer + t * width + c);
+      }
+  }
+  return {buffer, width};
+}
+
+// Writes rows to a plane; `stream` goes past the caches where the layout lets it.
+template <class T>
+inline void store_tile(const Plane& p, int64_t steps, int64_t channels, const T* rows,
+                       int64_t width, bool stream) {
+  if (!p) return;
+  const int64_t item = item_size(p.dtype);
+  const auto aligned = [&](int64_t stride) {
+    return (reinterpret_cast<uintptr_t>(p.data) | static_cast<uintptr_t>(stride * item)) % 64 == 0;
+  };
+  if (p.stride_c == 1) {
+    const bool past = stream && rows_in_place<T>(p, channels) && aligned(p.stride_t);
+    for (int64_t t = 0; t < steps; ++t) {
+      char* to = p.data + t * p.stride_t * item;
+      if (past)
+        for (int64_t c = 0; c < channels; c += kLanes)
+          Vec<T>::load(rows + t * width + c).stream(reinterpret_cast<T*>(to) + c);
+      else
+        for (int64_t c = 0; c < channels; c += kLanes)
+          store_lanes<T>(to + c * item, p.dtype, Vec<T>::load(rows + t * width + c),
+                         at_most_lanes(channels - c));
+    }
+  } else if (p.stride_t == 1 || p.stride_t == -1) {
+    const bool past = stream && p.dtype == kDType<T> && p.stride_t == 1 && aligned(p.stride_c);
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const int lanes = at_most_lanes(channels - c);
+      for (int64_t t = 0; t < steps; t += kLanes) {
+        const int n = at_most_lanes(steps - t);
+        char* to = p.data + (p.stride_t > 0 ? t : -(t + n - 1)) * item;
+        Vec<T> block[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          const int row = p.stride_t > 0 ? i : n - 1 - i;
+          block[i] = i < n ? Vec<T>::load(rows + (t + row) * width + c) : Vec<T>(T(0));
+        }
+        transpose(block);
+        for (int i = 0; i < lanes; ++i) {
+          char* at = to + (c + i) * p.stride_c * item;
+          if (past && n == kLanes)
+            block[i].stream(reinterpret_cast<T*>(at));
+          else
+            store_lanes<T>(at, p.dtype, block[i], n);
+        }
+      }
+    }
+  } else {
+    for (int64_t t = 0; t < steps; ++t)
+      for (int64_t c = 0; c < channels; ++c)
+        store_element<T>(p.data + (t * p.stride_t + c * p.stride_c) * item, p.dtype,
+                         rows[t * width + c]);
+  }
+}
+
+// Calls f(i) for i in [0, n) through parallel_run.
+template <class F>
+inline void parallel(int64_t n, const F& f) {
+  parallel_run(
+      n, [](void* context, int64_t i) { (*static_cast<const F*>(context))(i); },
+      const_cast<F*>(&f));
+}
+
+}  // namespace recurra::RECURRA_ISA

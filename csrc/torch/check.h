@@ -1,0 +1,85 @@
+// Checks of what an op was given, made before anything is allocated. What an op requires of the
+// dtypes, shapes and devices of its arguments is one line of text beside its schema in ops.cpp,
+//
+//   b:act(B,T,D) a:act(B|1,T|1,D|1) h0:state?(S,D) cu_seqlens:index?
+//
+// read here for real tensors and by python/recurra/_check.py for fake ones, in the same words.
+// The first argument leads: it sets the device and the dtype of the activations.
+//   kind    act    activations: one dtype, that of the leading argument
+//           param  parameters: that dtype or float32
+//           state  float32 for 16-bit activations, otherwise the activations' dtype
+//           index  int32 or int64
+//           a kind followed by * may be complex as well
+//   ?       may be None
+//   shape   names bind to sizes when first met; a|1 also allows 1; W-1 is one less; W>=2 also sets
+//           a minimum; shapes separated by / are alternatives by number of dimensions
+//   S       the number of sequences: B, or one less than the length of cu_seqlens
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "view.h"
+
+namespace recurra {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+[[noreturn]] void fail(const char* op, const std::string& message);
+
+struct Argument {
+  const char* name;
+  const Tensor* tensor;  // null when absent
+
+  Argument(const char* n, const Tensor& t) : name(n), tensor(&t) {}
+  Argument(const char* n, const OptionalTensor& t) : name(n), tensor(t ? &*t : nullptr) {}
+};
+
+// Checks the arguments, in any order, against the requirements of `op`; throws with one sentence
+// that names the argument, what is required and what came.
+void check(const char* op, std::initializer_list<Argument> arguments);
+
+// The requirements of an op as text; ops.cpp holds them.
+const char* requirements(const std::string& op);
+
+// The sequences of a checked call; the vector keeps what `offsets` points to. Throws unless
+// cu_seqlens starts at 0, does not descend and ends at time.
+Sequences sequences(const char* op, int64_t batch, int64_t time, const OptionalTensor& cu_seqlens,
+                    std::vector<int64_t>& storage);
+
+// The state of each of `rows` rows as int64, less than `states` and none twice, negative to skip;
+// null where there are no slots, and then rows and states must be equal. The vector keeps them.
+const int64_t* slot_indices(const char* op, int64_t rows, int64_t states,
+                            const OptionalTensor& slots, std::vector<int64_t>& storage);
+
+DType dtype_of(const Tensor& t);
+
+template <int N>
+View<N> view(const Tensor& t) {
+  View<N> v;
+  v.data = t.data_ptr();
+  v.dtype = dtype_of(t);
+  for (int n = 0; n < N; ++n) {
+    v.size[n] = t.size(n);
+    v.stride[n] = t.stride(n);
+  }
+  return v;
+}
+
+template <int N>
+View<N> view(const OptionalTensor& t) {
+  return t ? view<N>(*t) : View<N>();
+}
+
+// Uninitialised tensors on the device of `like`. empty_like also takes its memory order.
+Tensor empty_like(const Tensor& like);
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);
+Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);
+inline DType state_dtype(DType d) {
+  return d == DType::bf16 || d == DType::f16 ? DType::f32 : d;
+}
+
+}  // namespace recurra

@@ -1,0 +1,196 @@
+"""The checks of csrc/torch/check.h for fake tensors, in the same words.
+
+What an op requires is text that lives beside its schema in csrc/torch/ops.cpp; this reads it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+_HALF = (torch.bfloat16, torch.float16)
+_REAL = (torch.float32, torch.float64, *_HALF)
+_COMPLEX = (torch.complex64, torch.complex128)
+
+
+class _Dim(NamedTuple):
+    name: str
+    value: int
+    minus: int
+    minimum: int
+    or_one: bool
+
+
+class _Rule(NamedTuple):
+    name: str
+    kind: str
+    complex: bool
+    shapes: list[list[_Dim]]
+    shape_text: str
+
+
+def fail(op: str, message: str) -> NoReturn:
+    raise RuntimeError(f"{op.removeprefix('_')}: {message}")
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a state: float32 for 16-bit activations, otherwise theirs."""
+    return torch.float32 if dtype in _HALF else dtype
+
+
+def _parse_dim(text: str) -> _Dim:
+    match = re.fullmatch(r"(\w+?)(-\d+)?(>=\d+)?(\|1)?", text)
+    name, minus, minimum, or_one = match.groups()
+    number = name.isdigit()
+    return _Dim(
+        "" if number else name,
+        int(name) if number else 0,
+        int(minus[1:]) if minus else 0,
+        int(minimum[2:]) if minimum else 0,
+        or_one is not None,
+    )
+
+
+@functools.cache
+def _rules(op: str) -> list[_Rule]:
+    rules = []
+    for word in torch.ops.recurra._requirements(op).split():
+        name, kind, star, shapes = re.fullmatch(r"(\w+):(\w+)(\*?)\??(.*)", word).groups()
+        text = shapes.replace(",", ", ").replace("|1", " or 1").replace("/", " or ")
+        rules.append(
+            _Rule(
+                name,
+                kind,
+                bool(star),
+                [[_parse_dim(d) for d in s[1:-1].split(",")] for s in shapes.split("/") if s],
+                text.replace(">=", " >= "),
+            )
+        )
+    return rules
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    known = (*_REAL, *_COMPLEX, torch.complex32, torch.int64, torch.int32, torch.int16)
+    if dtype in (*known, torch.int8, torch.uint8, torch.bool):
+        return str(dtype).removeprefix("torch.")
+    return "another dtype"
+
+
+def _device_name(tensor: Tensor) -> str:
+    device = tensor.device
+    return {"cpu": "cpu", "cuda": f"cuda:{device.index}"}.get(device.type, "another device")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _check_dtype(op: str, rule: _Rule, tensor: Tensor, lead: str, leader: Tensor) -> None:
+    got = _dtype_name(tensor.dtype)
+    if rule.kind == "index":
+        if tensor.dtype not in (torch.int32, torch.int64):
+            fail(op, f"{rule.name} must have dtype int32 or int64, got {got}")
+        return
+    if tensor is leader:
+        if tensor.dtype not in _REAL and not (rule.complex and tensor.dtype in _COMPLEX):
+            or_complex = ", or be complex" if rule.complex else ""
+            fail(
+                op,
+                f"{rule.name} must have dtype float32, float64, bfloat16 or float16{or_complex}, "
+                f"got {got}",
+            )
+        return
+    act = leader.dtype
+    allowed = [state_dtype(act) if rule.kind == "state" else act]
+    if rule.kind == "param" and act != torch.float32:
+        allowed.append(torch.float32)
+    if rule.complex and not act.is_complex:
+        allowed.append(torch.complex128 if act == torch.float64 else torch.complex64)
+    if tensor.dtype not in allowed:
+        wanted = " or ".join(_dtype_name(d) for d in allowed)
+        fail(
+            op,
+            f"{rule.name} must have dtype {wanted} where {lead} has {_dtype_name(act)}, got {got}",
+        )
+
+
+def _check_shape(op: str, rule: _Rule, tensor: Tensor, sizes: dict[str, int]) -> None:
+    if not rule.shapes:
+        return
+    shape = next((s for s in rule.shapes if len(s) == tensor.dim()), None)
+    good = shape is not None
+    fresh: dict[str, int] = {}
+    for dim, size in zip(shape or (), tensor.shape, strict=False):
+        if not good:
+            break
+        if dim.or_one and size == 1:
+            continue
+        if not dim.name:
+            good = size == dim.value
+        elif dim.name in sizes:
+            good = size == sizes[dim.name] - dim.minus
+        else:
+            full = size + dim.minus
+            good = bool(full >= dim.minimum) and fresh.setdefault(dim.name, full) == full
+    if good:
+        sizes.update(fresh)
+        return
+    names = dict.fromkeys(d.name for s in rule.shapes for d in s if d.name in sizes)
+    where = ", ".join(f"{name} = {sizes[name]}" for name in names)
+    fail(
+        op,
+        f"{rule.name} must have shape {rule.shape_text}{' with ' if where else ''}{where}, "
+        f"got {_shape(tensor)}",
+    )
+
+
+def check(op: str, **arguments: Tensor | None) -> dict[str, int]:
+    """Checks arguments against the requirements of ``op`` and returns the sizes by name.
+
+    Raises:
+        RuntimeError: one sentence with the argument, what is required and what came.
+    """
+    rules = _rules(op)
+    sizes: dict[str, int] = {}
+    leader: Tensor | None = None
+    packed = arguments.get("cu_seqlens")
+    for rule in rules:
+        tensor = arguments.get(rule.name)
+        if tensor is None:
+            continue
+        if leader is None:
+            leader = tensor
+        if _device_name(tensor) != _device_name(leader):
+            fail(
+                op,
+                f"{rule.name} must be on the device of {rules[0].name}, "
+                f"{_device_name(leader)}, got {_device_name(tensor)}",
+            )
+        _check_dtype(op, rule, tensor, rules[0].name, leader)
+        _check_shape(op, rule, tensor, sizes)
+        if tensor is leader and packed is not None:
+            if packed.dim() != 1 or packed.shape[0] < 1:
+                fail(op, f"cu_seqlens must have shape (S + 1,), got {_shape(packed)}")
+            if "B" in sizes and sizes["B"] != 1:
+                fail(
+                    op,
+                    f"{rule.name} must have batch size B = 1 with cu_seqlens, got {_shape(tensor)}",
+                )
+            sizes["S"] = packed.shape[0] - 1
+        elif tensor is leader and "B" in sizes:
+            sizes["S"] = sizes["B"]
+    return sizes
+
+
+def check_slots(op: str, rows: int, states: int, slots: Tensor | None) -> None:
+    """Without slots, row i has state i, so there must be as many."""
+    if slots is None and rows != states:
+        fail(
+            op,
+            f"h must have as many states as there are rows, {rows}, or slots must be given, "
+            f"got {states}",
+        )

@@ -1,0 +1,188 @@
+"""``linear_scan``: the gated linear recurrence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recurra._check import check, check_slots, state_dtype
+from recurra.ops import _register
+
+_op = torch.ops.recurra.linear_scan.default
+_backward_op = torch.ops.recurra._linear_scan_backward.default
+_step_op = torch.ops.recurra.linear_scan_step.default
+
+
+def linear_scan(
+    a: Tensor,
+    b: Tensor,
+    h0: Tensor | None = None,
+    *,
+    log_a: bool = False,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Gated linear recurrence :math:`h_t = a_t \odot h_{t-1} + b_t`.
+
+    Differentiable to any order in ``a``, ``b`` and ``h0``, from ``h`` and from ``h_last``.
+    Blelloch, "Prefix sums and their applications" (1990); Martin and Cundy, "Parallelizing
+    linear recurrent neural nets over sequence length" (ICLR 2018).
+
+    Args:
+        a: gate, (B, T, D), or with any of its dimensions 1, which then is shared along it and
+            whose gradient is summed over it in a fixed order. Any sign. The dtype of ``b``.
+        b: input, (B, T, D); float32, float64, bfloat16 or float16, any strides.
+        h0: initial state, (B, D), or (S, D) with ``cu_seqlens``; zeros when None. float32 for
+            16-bit ``b``, otherwise the dtype of ``b``.
+        log_a: ``a`` is the logarithm of the gate.
+        reverse: run from the last step to the first; ``h0`` then precedes the last step.
+        cu_seqlens: (S + 1,) int32 or int64, the ends of S sequences packed along T, from 0 to T;
+            B must be 1. Each has a state of its own.
+
+    Returns:
+        h: (B, T, D), the dtype and memory order of ``b``.
+        h_last: the state after the last step walked, shape and dtype of ``h0``.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype or device, or ``cu_seqlens`` does not
+            ascend from 0 to T.
+    """
+    return _op(a, b, h0, log_a=log_a, reverse=reverse, cu_seqlens=cu_seqlens)
+
+
+def linear_scan_step(
+    h: Tensor, a: Tensor, b: Tensor, *, log_a: bool = False, slots: Tensor | None = None
+) -> Tensor:
+    r"""One step of :func:`linear_scan`, :math:`h \leftarrow a \odot h + b`, in place.
+
+    Args:
+        h: states, (B, D), or (slots, D) with ``slots``; updated in place. float32 for 16-bit
+            ``b``, otherwise the dtype of ``b``.
+        a: gate, (B, D) or with dimensions of 1.
+        b: input, (B, D).
+        log_a: ``a`` is the logarithm of the gate.
+        slots: (B,) int32 or int64, which state each row uses, none twice; a row whose index is
+            negative changes nothing and returns zeros.
+
+    Returns:
+        The new states of the rows, (B, D), in the dtype of ``b``.
+
+    Raises:
+        RuntimeError: wrong shape, dtype or device, a slot out of range or repeated, or gradients
+            are enabled and an input requires one.
+    """
+    return _step_op(h, a, b, log_a=log_a, slots=slots)
+
+
+@_register.fake("linear_scan")
+def _(a, b, h0=None, *, log_a=False, reverse=False, cu_seqlens=None):
+    sizes = check("linear_scan", a=a, b=b, h0=h0, cu_seqlens=cu_seqlens)
+    return torch.empty_like(b), b.new_empty(sizes["S"], sizes["D"], dtype=state_dtype(b.dtype))
+
+
+@_register.fake("_linear_scan_backward")
+def _(a, h, h0, dh, dh_last, *, log_a=False, reverse=False, cu_seqlens=None):
+    sizes = check(
+        "_linear_scan_backward", a=a, h=h, h0=h0, dh=dh, dh_last=dh_last, cu_seqlens=cu_seqlens
+    )
+    dh0 = h.new_empty(sizes["S"], sizes["D"], dtype=state_dtype(h.dtype))
+    return torch.empty_like(a), torch.empty_like(h), dh0
+
+
+@_register.fake("linear_scan_step")
+def _(h, a, b, *, log_a=False, slots=None):
+    check("linear_scan_step", h=h, a=a, b=b, slots=slots)
+    check_slots("linear_scan_step", b.shape[0], h.shape[0], slots)
+    return torch.empty_like(b)
+
+
+def _setup(ctx, inputs, output):
+    ctx.options = {k: inputs[k] for k in ("log_a", "reverse")}
+    ctx.save_for_backward(inputs["a"], output[0], inputs["h0"], inputs["cu_seqlens"])
+
+
+def _backward(ctx, dh, dh_last):
+    a, h, h0, cu_seqlens = ctx.saved_tensors
+    da, db, dh0 = _backward_op(a, h, h0, dh, dh_last, cu_seqlens=cu_seqlens, **ctx.options)
+    return {"a": da, "b": db, "h0": None if h0 is None else dh0}
+
+
+def _previous(h: Tensor, h0: Tensor | None, reverse: bool, cu_seqlens: Tensor | None) -> Tensor:
+    """h_{t-1} for every t: ``h`` moved by one step, ``h0`` where a sequence starts."""
+    rolled = h.roll(-1 if reverse else 1, 1)
+    T = h.shape[1]
+    if cu_seqlens is None:
+        first = T - 1 if reverse else 0
+        at_first = torch.arange(T, device=h.device) == first
+        start = torch.zeros_like(h) if h0 is None else h0.to(h.dtype)[:, None].expand_as(h)
+        return torch.where(at_first[None, :, None], start, rolled)
+    ends = cu_seqlens.long()
+    filled = torch.nonzero(ends.diff() > 0)[:, 0]
+    first = (ends[1:] - 1 if reverse else ends[:-1])[filled]
+    if h0 is None:
+        return rolled.index_fill(1, first, 0.0)
+    return rolled.index_copy(1, first, h0.to(h.dtype)[filled][None])
+
+
+def _setup_backward(ctx, inputs, output):
+    ctx.options = {k: inputs[k] for k in ("log_a", "reverse")}
+    a, h, h0, cu_seqlens = (inputs[k] for k in ("a", "h", "h0", "cu_seqlens"))
+    ctx.save_for_backward(a, h, h0, cu_seqlens, output[1])
+
+
+def _double_backward(ctx, cda, cdb, cdh0):
+    # With g = db, the backward is g_t = dh_t + a_{t+1} g_{t+1}, da_t = g_t h_{t-1},
+    # dh0 = a_1 g_1. Its adjoint runs forwards: lambda_t = a_t lambda_{t-1} + (cdb + cda h_{t-1})_t
+    # from lambda_0 = cdh0, which is linear_scan again, so every order follows.
+    a, h, h0, cu_seqlens, g = ctx.saved_tensors
+    log_a, reverse = ctx.options["log_a"], ctx.options["reverse"]
+    gate = a.exp() if log_a else a
+    full = None if cda is None else (cda * gate if log_a else cda).expand_as(h)
+    h_prev = _previous(h, h0, reverse, cu_seqlens)
+    source = torch.zeros_like(h)
+    if cdb is not None:
+        source = source + cdb
+    if full is not None:
+        source = source + full * h_prev
+    lam, lam_last = _op(a, source, cdh0, cu_seqlens=cu_seqlens, **ctx.options)
+    lam_prev = _previous(lam, cdh0, reverse, cu_seqlens)
+    to_a = lam_prev * g
+    if log_a:
+        to_a = to_a * gate
+        if cda is not None:
+            to_a = to_a + cda * (g * gate * h_prev)
+    to_a = to_a.sum_to_size(a.shape)
+    to_h = to_h0 = None
+    if full is not None:
+        # da_t reads h_{t-1}: its cotangent moves one step back, the first step's to h0.
+        to_prev = full * g
+        to_h, to_h0 = _from_previous(to_prev, h0, reverse, cu_seqlens)
+    return {"a": to_a, "h": to_h, "h0": to_h0, "dh": lam, "dh_last": lam_last}
+
+
+def _from_previous(x: Tensor, h0: Tensor | None, reverse: bool, cu_seqlens: Tensor | None):
+    """The transpose of :func:`_previous`."""
+    B, T, D = x.shape
+    S = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if T == 0 or S == 0:
+        return torch.zeros_like(x), None if h0 is None else torch.zeros_like(h0)
+    if cu_seqlens is None:
+        first = T - 1 if reverse else 0
+        at_first = (torch.arange(T, device=x.device) == first)[None, :, None]
+        to_h = torch.where(at_first, torch.zeros_like(x), x).roll(1 if reverse else -1, 1)
+        return to_h, None if h0 is None else x[:, first].to(h0.dtype)
+    ends = cu_seqlens.long()
+    filled = torch.nonzero(ends.diff() > 0)[:, 0]
+    first = (ends[1:] - 1 if reverse else ends[:-1])[filled]
+    to_h = x.index_fill(1, first, 0.0).roll(1 if reverse else -1, 1)
+    if h0 is None:
+        return to_h, None
+    to_h0 = torch.zeros_like(h0).index_copy(0, filled, x[0, first].to(h0.dtype))
+    return to_h, to_h0
+
+
+_register.autograd("linear_scan", _setup, _backward)
+_register.autograd("_linear_scan_backward", _setup_backward, _double_backward)
+_register.autocast("linear_scan", activations=(0, 1))
+_register.autocast("linear_scan_step", activations=(1, 2))
+_register.no_grad_step("linear_scan_step", "linear_scan")

@@ -1,0 +1,9 @@
+"""The ops in plain torch, readable as their equations: oracle of the tests and documentation.
+
+Same arguments, shapes and results as the functions of :mod:`recurra`; slow on purpose, any dtype,
+differentiable by torch itself.
+"""
+
+from recurra.reference.linear_scan import linear_scan, linear_scan_step
+
+__all__ = ["linear_scan", "linear_scan_step"]
