@@ -129,6 +129,10 @@ RECURRA_INLINE Mask<T> operator>(Vec<T> a, typename Same<T>::type b) {
   return Vec<T>(b) < a;
 }
 template <class T>
+RECURRA_INLINE Mask<T> operator>=(Vec<T> a, Vec<T> b) {
+  return b <= a;
+}
+template <class T>
 RECURRA_INLINE Mask<T> operator>=(Vec<T> a, typename Same<T>::type b) {
   return Vec<T>(b) <= a;
 }
@@ -147,6 +151,14 @@ RECURRA_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, typename Same<T>::type c) {
 template <class T>
 RECURRA_INLINE Vec<T> fma(Vec<T> a, typename Same<T>::type b, Vec<T> c) {
   return fma(a, Vec<T>(b), c);
+}
+template <class T>
+RECURRA_INLINE Vec<T> fma(typename Same<T>::type a, Vec<T> b, Vec<T> c) {
+  return fma(Vec<T>(a), b, c);
+}
+template <class T>
+RECURRA_INLINE Vec<T> fma(typename Same<T>::type a, Vec<T> b, typename Same<T>::type c) {
+  return fma(Vec<T>(a), b, Vec<T>(c));
 }
 template <class T>
 RECURRA_INLINE Vec<T> select(Mask<T> m, Vec<T> a, Vec<T> b) {

@@ -1,6 +1,11 @@
 // AVX-512 F, BW, VL and DQ: one register of sixteen floats, or two of eight doubles.
 #pragma once
+// GCC 12 takes the undefined operand of its own unmasked intrinsics for a mistake of ours.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 namespace recurra::RECURRA_ISA {
 

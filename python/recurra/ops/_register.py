@@ -77,6 +77,26 @@ def autograd(name: str, setup: Callable, backward: Callable) -> None:
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
 
 
+def autograd_through(name: str, saving: str, outputs: int) -> None:
+    """Differentiates ``name`` as the first ``outputs`` results of the op ``saving``.
+
+    ``saving`` computes the same and returns, behind those results, what its backward wants kept.
+    """
+    op = getattr(torch.ops.recurra, name).default
+    saving_op = getattr(torch.ops.recurra, saving).default
+
+    def kernel(keyset, *args, **kwargs):
+        if torch.is_grad_enabled() and any(
+            isinstance(argument, Tensor) and argument.requires_grad
+            for argument in (*args, *kwargs.values())
+        ):
+            return saving_op(*args, **kwargs)[:outputs]
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
 def no_second_derivative(backward_name: str, name: str) -> None:
     """Makes differentiating the op ``backward_name`` of ``name`` an error instead of zeros."""
 

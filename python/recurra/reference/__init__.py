@@ -5,5 +5,6 @@ differentiable by torch itself.
 """
 
 from recurra.reference.linear_scan import linear_scan, linear_scan_step
+from recurra.reference.selective_scan import selective_scan, selective_scan_step
 
-__all__ = ["linear_scan", "linear_scan_step"]
+__all__ = ["linear_scan", "linear_scan_step", "selective_scan", "selective_scan_step"]
