@@ -32,7 +32,7 @@ struct LinearScanBackward {
 };
 
 struct LinearScanStep {
-  View<2> h, a, b, out;     // h (slots, D); a, b, out (B, D)
+  View<2> h, a, b, out;            // h (slots, D); a, b, out (B, D)
   const int64_t* slots = nullptr;  // state of each row; negative: skip and return zeros
   bool log_a = false;
 };

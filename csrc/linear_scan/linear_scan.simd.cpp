@@ -9,9 +9,9 @@
 namespace recurra::RECURRA_ISA {
 namespace {
 
-constexpr int64_t kTile = 4096;          // elements of a tile
-constexpr int64_t kGroup = 16;           // steps that are summed before they join a gradient
-constexpr int64_t kStreamFrom = 8 << 20; // bytes of output that no cache is asked to hold
+constexpr int64_t kTile = 4096;           // elements of a tile
+constexpr int64_t kGroup = 16;            // steps that are summed before they join a gradient
+constexpr int64_t kStreamFrom = 8 << 20;  // bytes of output that no cache is asked to hold
 
 template <class T>
 using Buffer = T __attribute__((aligned(64)))[kTile];
@@ -189,8 +189,8 @@ void backward(const LinearScanBackward& args) {
         }
         store_tile<T>(db.at(t0, 0), steps, nc, out_b, shape.width, stream);
         if (reduced)
-          accumulate<T>(args.a, sums.at(args.a.size[1] == 1 ? 0 : t0, 0), steps, nc,
-                        out_a, shape.width);
+          accumulate<T>(args.a, sums.at(args.a.size[1] == 1 ? 0 : t0, 0), steps, nc, out_a,
+                        shape.width);
         else
           store_tile<T>(da.at(t0, 0), steps, nc, out_a, shape.width, stream);
       }

@@ -78,8 +78,6 @@ View<N> view(const OptionalTensor& t) {
 Tensor empty_like(const Tensor& like);
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);
-inline DType state_dtype(DType d) {
-  return d == DType::bf16 || d == DType::f16 ? DType::f32 : d;
-}
+inline DType state_dtype(DType d) { return d == DType::bf16 || d == DType::f16 ? DType::f32 : d; }
 
 }  // namespace recurra
