@@ -119,7 +119,8 @@ void accumulate(const View<3>& a, const Plane& to, int64_t steps, int64_t channe
 // da = the partial sums, over the blocks of sixteen channels in order where D was broadcast.
 template <class T>
 void finish(const View<3>& partial, const View<3>& da) {
-  const int64_t rows = da.size[0] * da.size[1], blocks = partial.size[2] / da.size[2];
+  const int64_t rows = da.size[2] ? da.size[0] * da.size[1] : 0;
+  const int64_t blocks = rows ? partial.size[2] / da.size[2] : 0;
   parallel((rows + 255) / 256, [&](int64_t task) {
     for (int64_t row = task * 256; row < rows && row < task * 256 + 256; ++row) {
       const int64_t b = row / da.size[1], t = row % da.size[1];
