@@ -46,7 +46,9 @@ class Random {
 struct Narrow {
   int mantissa, lowest, highest;  // bits after the leading one; exponents of normal numbers
 };
-inline Narrow narrow(DType d) { return d == DType::f16 ? Narrow{10, -14, 15} : Narrow{7, -126, 127}; }
+inline Narrow narrow(DType d) {
+  return d == DType::f16 ? Narrow{10, -14, 15} : Narrow{7, -126, 127};
+}
 
 inline double load(const char* p, DType d) {
   const auto read = [&](auto x) {

@@ -24,7 +24,8 @@ struct Shape {
 
 // Around the sixteen lanes, and past the tiles of either kind now and then.
 Shape shape(Random& random) {
-  if (random.chance(10)) return {1, random.pick<int64_t>({257, 300}), random.pick<int64_t>({1, 33})};
+  if (random.chance(10))
+    return {1, random.pick<int64_t>({257, 300}), random.pick<int64_t>({1, 33})};
   return {random.pick<int64_t>({0, 1, 1, 1, 2, 3}),
           random.pick<int64_t>({0, 1, 2, 3, 15, 16, 17, 33, 65, 70}),
           random.pick<int64_t>({0, 1, 2, 7, 15, 16, 17, 31, 32, 33, 64, 65, 130, 260})};
