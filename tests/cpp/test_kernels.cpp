@@ -4,6 +4,7 @@
 //   test_kernels                       the quick tier
 //   test_kernels --seconds 600         fuzzing: other seeds, numbers of random bytes
 //   test_kernels --concurrent          many calls at once, for ThreadSanitizer
+//   test_kernels --isa scalar          this instruction set alone, for Valgrind
 //   test_kernels --op NAME --seed N --cases 1   repeats one case that failed
 //
 // To add an op, write its function below and name it in kOps.
@@ -200,7 +201,7 @@ constexpr Op kOps[] = {
 enum class Kind { quick, large, any_bytes };
 
 // One case on every instruction set that may be chosen; `alone` when no other thread calls kernels.
-void check(const Op& op, uint64_t seed, Kind kind, bool alone) {
+void check(const Op& op, uint64_t seed, Kind kind, bool alone, const std::string& only = "") {
   Case c(seed * 31 + static_cast<uint64_t>(&op - kOps), kind == Kind::any_bytes);
   op.make(c, kind == Kind::large ? op.large : shape(c.random));
   c.remember();
@@ -219,6 +220,7 @@ void check(const Op& op, uint64_t seed, Kind kind, bool alone) {
   if (c.oracle) c.oracle(), compare("oracle");
   if (!alone) return c.run(), compare(isa_name(isa()));
   for (const char* name : {"scalar", "avx2", "avx512"}) {
+    if (!only.empty() && only != name) continue;
     cap_isa(name);
     if (std::strcmp(isa_name(isa()), name) == 0) c.run(), compare(name);
   }
@@ -228,7 +230,7 @@ int main(int argc, char** argv) {
   uint64_t seed = 1, cases = 400;
   double seconds = 0;
   bool concurrent = false;
-  std::string only;
+  std::string only, isa_only;
   for (int i = 1; i < argc; ++i) {
     const std::string flag = argv[i];
     const char* value = i + 1 < argc ? argv[i + 1] : "";
@@ -245,6 +247,8 @@ int main(int argc, char** argv) {
       seconds = std::atof(value);
     } else if (flag == "--op") {
       only = value;
+    } else if (flag == "--isa") {
+      isa_only = value;
     } else {
       std::fprintf(stderr, "unknown option %s\n", flag.c_str());
       return 2;
@@ -280,15 +284,15 @@ int main(int argc, char** argv) {
     for (const Op& op : kOps) {
       if (!chosen(op)) continue;
       for (uint64_t i = 0; i < cases; ++i) {
-        check(op, seed + i, Kind::quick, true);
-        if (i % 4 == 0) check(op, seed + i, Kind::any_bytes, true);
+        check(op, seed + i, Kind::quick, true, isa_only);
+        if (i % 4 == 0) check(op, seed + i, Kind::any_bytes, true, isa_only);
         ++done;
       }
-      if (cases > 1) check(op, seed, Kind::large, true);
+      if (cases > 1) check(op, seed, Kind::large, true, isa_only);
     }
     for (uint64_t i = cases; elapsed() < seconds; ++i, ++done)
       for (const Op& op : kOps)
-        if (chosen(op)) check(op, seed + i, i % 2 ? Kind::any_bytes : Kind::quick, true);
+        if (chosen(op)) check(op, seed + i, i % 2 ? Kind::any_bytes : Kind::quick, true, isa_only);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "test_kernels: %s\n", error.what());
     return 1;
