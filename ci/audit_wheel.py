@@ -23,8 +23,11 @@ NEEDED = re.compile(
     r"(libtorch_cpu\.so|libgomp\.so\.1|libstdc\+\+\.so\.6|libm\.so\.6|libc\.so\.6|libgcc_s\.so\.1"
     r"|ld-linux[\w.-]*\.so\.\d)"
 )
-# What the C++ runtime wants to find once in the process: type information and the like of std.
-EXPORTED = re.compile(r"PyInit__native|_ZT[ISV]St\w*|_ZT[ISV]N?K?St\w*|_ZGVN?St\w*|_ZN?K?St\w*")
+# Besides the module, what the C++ runtime wants to find once in the process, type information and
+# statics of std, and what old linkers put everywhere.
+EXPORTED = re.compile(
+    r"PyInit__native|_ZT[ISV]N?K?St\w*|_ZGV(Z?N)?K?St\w*|_ZZ?N?K?St\w*|__bss_start|_edata|_end"
+)
 LIBRARIES = re.compile(r"_ops_cpu\.so|_ops_cuda\.so|_native[\w.-]*\.so")
 EXPECTED = re.compile(
     r"recurra/([\w/-]+\.pyi?|py\.typed)"

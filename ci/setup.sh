@@ -68,7 +68,7 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Pyth
   local torch="torch>=2.11"
   if python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then torch="torch==2.13.0"; fi
   if [ -n "${RECURRA_TORCH:-}" ] || ! python -c 'import torch' 2> /dev/null; then
-    timed "torch" python -m pip install -q "${RECURRA_TORCH:-$torch}"
+    timed "torch" python -m pip install -q "${RECURRA_TORCH:-$torch}" numpy
   fi
   tools="$(missing_tools)"
   # shellcheck disable=SC2086
