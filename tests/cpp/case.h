@@ -129,8 +129,9 @@ class Case {
   Case(uint64_t seed, bool any_bytes) : random(seed), any_bytes_(any_bytes) {}
 
   Random random;
-  std::function<void()> run;     // calls the kernel on the chosen instruction set
-  std::function<void()> oracle;  // the same in plain C++, where bits are defined by the equations
+  std::function<void()> run;       // calls the kernel on the chosen instruction set
+  std::function<void()> oracle;    // the same in plain C++, where the equations define the bits
+  std::function<void()> emulated;  // the CUDA kernel over cuda_emulator.h
 
   // An array that the kernel may only read: any order of dimensions, gaps, offsets, reversed and
   // expanded dimensions.
@@ -148,6 +149,17 @@ class Case {
     std::copy(values.begin(), values.end(), reinterpret_cast<int64_t*>(array.data()));
     std::fill(array.element.begin(), array.element.end(), 2);
     return reinterpret_cast<const int64_t*>(array.data());
+  }
+  // The same values as a one-dimensional array of int32 or int64.
+  View<1> indices(const char* name, const int64_t* values, int64_t count) {
+    const DType dtype = random.chance(50) ? DType::i32 : DType::i64;
+    Array& array = add(name, Array::Role::input, dtype, count * item_size(dtype));
+    for (int64_t i = 0; i < count; ++i)
+      if (dtype == DType::i32)
+        reinterpret_cast<int32_t*>(array.data())[i] = static_cast<int32_t>(values[i]);
+      else
+        reinterpret_cast<int64_t*>(array.data())[i] = values[i];
+    return {array.data(), dtype, {count}, {1}};
   }
   // Sequences of a (B, T, ...) array, packed ones when B is 1 and chance has it.
   Sequences sequences(int64_t batch, int64_t time) {

@@ -76,6 +76,10 @@ void linear_scan_case(Case& c, const Shape& s) {
   if (c.random.chance(60)) args.h0 = c.input<2>("h0", state, {args.sequences.count, s.channels});
   args.h_last = c.output<2>("h_last", state, {args.sequences.count, s.channels});
   c.run = [args] { linear_scan(args); };
+  View<1> offsets;
+  if (args.sequences.offsets)
+    offsets = c.indices("cu_seqlens", args.sequences.offsets, args.sequences.count + 1);
+  c.emulated = [args, offsets] { cuda::linear_scan(args, offsets, {}); };
   if (args.log_a) return;
   c.oracle = [args] {
     in_compute_type(args.b.dtype, [&](auto zero) {
@@ -93,6 +97,24 @@ void linear_scan_case(Case& c, const Shape& s) {
       });
     });
   };
+}
+
+// On the device the values of cu_seqlens are not checked: none may lead out of the arrays.
+void hostile_cu_seqlens_case(Case& c, const Shape& s) {
+  LinearScan args;
+  const DType dtype = activation(c.random);
+  std::vector<int64_t> ends(static_cast<size_t>(1 + c.random.below(6)));
+  for (int64_t& end : ends)
+    end = c.random.pick<int64_t>({0, -1, s.time, s.time + 1, c.random.below(s.time + 1),
+                                  static_cast<int64_t>(c.random.next()), INT64_MIN, INT64_MAX});
+  args.sequences = {static_cast<int64_t>(ends.size()) - 1, s.time, nullptr};
+  args.reverse = c.random.chance(50);
+  args.a = c.input<3>("a", dtype, {1, s.time, s.channels});
+  args.b = c.input<3>("b", dtype, {1, s.time, s.channels});
+  args.h = c.output<3>("h", dtype, {1, s.time, s.channels});
+  args.h_last = c.output<2>("h_last", state_of(dtype), {args.sequences.count, s.channels});
+  const View<1> offsets = c.indices("cu_seqlens", ends.data(), args.sequences.count + 1);
+  c.emulated = [args, offsets] { cuda::linear_scan(args, offsets, {}); };
 }
 
 void linear_scan_backward_case(Case& c, const Shape& s) {
@@ -196,6 +218,7 @@ constexpr Op kOps[] = {
     {"linear_scan", linear_scan_case, {1, 700, 3072}},
     {"linear_scan_backward", linear_scan_backward_case, {1, 700, 3072}},
     {"linear_scan_step", linear_scan_step_case, {1, 300, 512}},
+    {"hostile_cu_seqlens", hostile_cu_seqlens_case, {1, 300, 512}},
 };
 
 enum class Kind { quick, large, any_bytes };
@@ -218,6 +241,8 @@ void check(const Op& op, uint64_t seed, Kind kind, bool alone, const std::string
     c.restore();
   };
   if (c.oracle) c.oracle(), compare("oracle");
+  if (c.emulated && kind != Kind::large) c.emulated(), compare("emulated CUDA");
+  if (!c.run) return;
   if (!alone) return c.run(), compare(isa_name(isa()));
   for (const char* name : {"scalar", "avx2", "avx512"}) {
     if (!only.empty() && only != name) continue;
