@@ -9,9 +9,9 @@
 namespace recurra::RECURRA_ISA {
 namespace {
 
-constexpr int64_t kTile = 4096;          // elements of a tile
-constexpr int64_t kGroup = 16;           // steps that are summed before they join a gradient
-constexpr int64_t kStreamFrom = 8 << 20; // bytes of output that no cache is asked to hold
+constexpr int64_t kTile = 4096;           // elements of a tile
+constexpr int64_t kGroup = 16;            // steps that are summed before they join a gradient
+constexpr int64_t kStreamFrom = 8 << 20;  // bytes of output that no cache is asked to hold
 
 template <class T>
 using Buffer = T __attribute__((aligned(64)))[kTile];
@@ -119,7 +119,8 @@ void accumulate(const View<3>& a, const Plane& to, int64_t steps, int64_t channe
 // da = the partial sums, over the blocks of sixteen channels in order where D was broadcast.
 template <class T>
 void finish(const View<3>& partial, const View<3>& da) {
-  const int64_t rows = da.size[0] * da.size[1], blocks = partial.size[2] / da.size[2];
+  const int64_t rows = da.size[2] ? da.size[0] * da.size[1] : 0;
+  const int64_t blocks = rows ? partial.size[2] / da.size[2] : 0;
   parallel((rows + 255) / 256, [&](int64_t task) {
     for (int64_t row = task * 256; row < rows && row < task * 256 + 256; ++row) {
       const int64_t b = row / da.size[1], t = row % da.size[1];
@@ -189,8 +190,8 @@ void backward(const LinearScanBackward& args) {
         }
         store_tile<T>(db.at(t0, 0), steps, nc, out_b, shape.width, stream);
         if (reduced)
-          accumulate<T>(args.a, sums.at(args.a.size[1] == 1 ? 0 : t0, 0), steps, nc,
-                        out_a, shape.width);
+          accumulate<T>(args.a, sums.at(args.a.size[1] == 1 ? 0 : t0, 0), steps, nc, out_a,
+                        shape.width);
         else
           store_tile<T>(da.at(t0, 0), steps, nc, out_a, shape.width, stream);
       }

@@ -16,6 +16,7 @@ void cap_isa(const char* name);
 
 // Declares NAME(const ARGS&) in each instruction set's namespace, and recurra::NAME, which calls
 // the chosen one. A kernel file defines NAME in recurra::RECURRA_ISA and is compiled once per set.
+// clang-format off
 #if defined(__x86_64__)
 #define RECURRA_KERNEL(NAME, ARGS)                      \
   namespace recurra {                                   \
@@ -37,3 +38,4 @@ void cap_isa(const char* name);
   inline void NAME(const ARGS& args) { scalar::NAME(args); } \
   }
 #endif
+// clang-format on

@@ -76,8 +76,7 @@ struct Reg<float> {
     const __m512i rounded =
         _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const M nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const __m512i out =
-        _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x00400000));
+    const __m512i out = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x00400000));
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16)));
   }
   static RECURRA_INLINE V load_f16(const uint16_t* p) {

@@ -73,7 +73,8 @@ std::vector<Rule> parse(const std::string& text) {
     Rule rule;
     const auto colon = word.find(':'), open = word.find('(');
     rule.name = word.substr(0, colon);
-    rule.kind = word.substr(colon + 1, (open == std::string::npos ? word.size() : open) - colon - 1);
+    rule.kind =
+        word.substr(colon + 1, (open == std::string::npos ? word.size() : open) - colon - 1);
     if (rule.kind.back() == '?') rule.optional = true, rule.kind.pop_back();
     if (rule.kind.back() == '*') rule.complex = true, rule.kind.pop_back();
     if (open != std::string::npos) {
@@ -163,7 +164,8 @@ void check_dtype(const char* op, const Rule& rule, const Tensor& t, const Rule& 
     return;
   }
   if (&t == &leader) {
-    const bool real = known_dtype(t) && static_cast<int>(dtype_of(t)) <= static_cast<int>(DType::f16);
+    const bool real =
+        known_dtype(t) && static_cast<int>(dtype_of(t)) <= static_cast<int>(DType::f16);
     const bool complex = rule.complex && known_dtype(t) && is_complex(dtype_of(t));
     if (!real && !complex)
       fail(op, rule.name + " must have dtype float32, float64, bfloat16 or float16" +
@@ -209,7 +211,8 @@ void check_shape(const char* op, const Rule& rule, const Tensor& t, Sizes& sizes
       good = size == bound->second - dim.minus;
     } else {
       auto again = fresh.find(dim.name);
-      good = size + dim.minus >= dim.minimum && (again == fresh.end() || again->second == size + dim.minus);
+      good = size + dim.minus >= dim.minimum &&
+             (again == fresh.end() || again->second == size + dim.minus);
       fresh[dim.name] = size + dim.minus;
     }
   }
@@ -222,7 +225,9 @@ void check_shape(const char* op, const Rule& rule, const Tensor& t, Sizes& sizes
   for (const auto& candidate : rule.shapes)
     for (const Dim& dim : candidate) {
       auto bound = sizes.find(dim.name);
-      if (dim.name.empty() || bound == sizes.end() || seen.find(" " + dim.name + " ") != std::string::npos) continue;
+      if (dim.name.empty() || bound == sizes.end() ||
+          seen.find(" " + dim.name + " ") != std::string::npos)
+        continue;
       seen += " " + dim.name + " ";
       where += (where.empty() ? " with " : ", ") + dim.name + " = " + std::to_string(bound->second);
     }

@@ -1,6 +1,6 @@
 """The checks of csrc/torch/check.h for fake tensors, in the same words.
 
-What an op requires is text that lives beside its schema in csrc/torch/ops.cpp; this reads it.
+What an op requires is text that lives beside its schema in csrc/torch/schemas.cpp; this reads it.
 """
 
 from __future__ import annotations
