@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("recurra", "FRAGMENT")
 
@@ -54,11 +55,25 @@ def autograd(name: str, setup: Callable, backward: Callable) -> None:
         @staticmethod
         def backward(ctx, *cotangents):
             gradients = backward(ctx, *cotangents)
-            return None, *(gradients.get(argument) for argument in names)
+            # A formula may know more gradients than were asked for: one for an argument that was
+            # not given is an error to torch.
+            return None, *(
+                gradients.get(argument) if needed else None
+                for argument, needed in zip(names, ctx.needs_input_grad[1:], strict=True)
+            )
 
     Function.__name__ = Function.__qualname__ = f"recurra.{name}"
 
     def kernel(keyset, *args, **kwargs):
+        if forward_ad._current_level >= 0 and any(
+            isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+            for argument in (*args, *kwargs.values())
+        ):
+            # Without this the tangents would be lost: torch takes a missing one for zero.
+            raise RuntimeError(
+                f"recurra: forward-mode derivatives of {name.removeprefix('_')} under torch.func "
+                "and torch.autograd.forward_ad are not implemented; use torch.autograd"
+            )
         if torch.is_grad_enabled() and any(
             isinstance(argument, Tensor) and argument.requires_grad
             for argument in (*args, *kwargs.values())
