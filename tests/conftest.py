@@ -6,7 +6,7 @@ from __future__ import annotations
 import faulthandler
 
 import hypothesis
-import pytest
+
 from support import NIGHTLY
 
 faulthandler.enable()

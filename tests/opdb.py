@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import bounds
 import torch
-from support import DTYPES, Arguments, Draw, shapes
 from torch import Tensor
 
+import bounds
 import recurra
 from recurra import reference
 from recurra._check import state_dtype
+from support import DTYPES, Arguments, Draw, shapes
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Op:
     model: from bounds.py, the values and error bounds of outputs and gradients.
     second_order: gradgradcheck passes; otherwise it raises by name.
     func: what each transform of torch.func does, "right" or "raises".
+    state: the argument that holds the initial state.
     split_gradients: "bits" where gradients through a carried state equal those of the whole call
         to the bit, "bound" where the order of a sum changes.
     step_inputs: arguments of the step op besides the state; those with T are given one step.
@@ -59,6 +60,7 @@ class Op:
     bench: tuple[str, ...]
     step_options: tuple[str, ...] = ()
     split_gradients: str = "bits"
+    state: str = "h0"
     dtypes: tuple[torch.dtype, ...] = DTYPES
 
     @property

@@ -19,6 +19,7 @@ from torch import Tensor
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 NIGHTLY = os.environ.get("RECURRA_TEST_TIER", "quick") == "nightly"
+REPEATS = 200 if NIGHTLY else 20  # random splits, packings and step loops
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TIMES = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 65, 127, 129, 255, 257, 1000, 4099)
@@ -295,6 +296,24 @@ def gradients_in_pieces(op, args: Arguments) -> list[str]:
     T = args[op.lead].shape[1]
     given = [k for k in op.differentiable if args.get(k) is not None and T > 1]
     return [k for k in given if "T" in op.layout(k, args[k]) and args[k].shape[1] == T]
+
+
+def with_state(op, args: Arguments) -> Arguments:
+    """The arguments with zeros where no state was given."""
+    if args[op.state] is not None:
+        return args
+    return {**args, op.state: torch.zeros_like(op.function(**args)[-1])}
+
+
+def step_arguments(op, args: Arguments, t: int) -> Arguments:
+    """The arguments of the step op for step t."""
+
+    def at(name, x):
+        where = op.layout(name, x).find("T") if isinstance(x, Tensor) else -1
+        return x if where < 0 else x.select(where, 0 if x.shape[where] == 1 else t)
+
+    given = {k: at(k, args[k]) for k in op.step_inputs if args.get(k) is not None}
+    return {**given, **{k: args[k] for k in op.step_options}}
 
 
 # ---- process ----------------------------------------------------------------------------------
