@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -344,6 +345,13 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dty
 }
 
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype) {
+  // torch fills large tensors with its threads, which in a forked child hangs.
+  if (like.is_cpu()) {
+    Tensor t = empty(like, sizes, dtype);
+    const size_t bytes = static_cast<size_t>(t.numel() * item_size(dtype));
+    if (bytes > 0) std::memset(t.data_ptr(), 0, bytes);
+    return t;
+  }
   return torch::stable::new_zeros(like, {sizes.begin(), sizes.size()},
                                   kScalarTypes[static_cast<int>(dtype)]);
 }
