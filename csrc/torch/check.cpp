@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -264,6 +265,9 @@ void check(const char* op, std::initializer_list<Argument> arguments) {
     return nullptr;
   };
   const Tensor* packed = find("cu_seqlens");
+  // The states of a step are as many as the caller keeps; slot_indices() compares them with B.
+  const bool with_slots = std::any_of(rules.begin(), rules.end(),
+                                      [](const Rule& rule) { return rule.name == "slots"; });
   for (const Rule& rule : rules) {
     const Tensor* t = find(rule.name);
     if (!t) continue;
@@ -279,7 +283,7 @@ void check(const char* op, std::initializer_list<Argument> arguments) {
       if (auto batch = sizes.find("B"); batch != sizes.end() && batch->second != 1)
         fail(op, rule.name + " must have batch size B = 1 with cu_seqlens, got " + shape_of(*t));
       sizes["S"] = packed->size(0) - 1;
-    } else if (t == leader && sizes.count("B")) {
+    } else if (t == leader && sizes.count("B") && !with_slots) {
       sizes["S"] = sizes["B"];
     }
   }
@@ -346,6 +350,13 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dty
 }
 
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype) {
+  // torch fills large tensors with its threads, which in a forked child hangs.
+  if (like.is_cpu()) {
+    Tensor t = empty(like, sizes, dtype);
+    const size_t bytes = static_cast<size_t>(t.numel() * item_size(dtype));
+    if (bytes > 0) std::memset(t.data_ptr(), 0, bytes);
+    return t;
+  }
   return torch::stable::new_zeros(like, {sizes.begin(), sizes.size()},
                                   kScalarTypes[static_cast<int>(dtype)]);
 }

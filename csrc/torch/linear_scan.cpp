@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "torch/check.h"
@@ -45,11 +46,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward_cpu(Tensor a, Tensor h, 
   LinearScanBackward args;
   args.sequences = sequences(op, h.size(0), h.size(1), cu_seqlens, offsets);
   Tensor da = empty_like(a), db = empty_like(h);
-  Tensor dh0 = empty(h, {args.sequences.count, h.size(2)}, state_dtype(dtype_of(h)));
+  Tensor dh0 = h0 ? empty_like(*h0)
+                  : empty(h, {args.sequences.count, h.size(2)}, state_dtype(dtype_of(h)));
   const bool reduced = a.size(0) != h.size(0) || a.size(1) != h.size(1) || a.size(2) != h.size(2);
   OptionalTensor partial;
   if (reduced) {
-    const int64_t lanes = a.size(2) == h.size(2) ? h.size(2) : (h.size(2) + 15) / 16;
+    // At least one sum, so that a gradient shared by no channels at all is written too.
+    const int64_t lanes =
+        a.size(2) == h.size(2) ? h.size(2) : std::max<int64_t>(1, (h.size(2) + 15) / 16);
     partial = zeros(a, {a.size(0), a.size(1), lanes},
                     computes_in_double(dtype_of(h)) ? DType::f64 : DType::f32);
   }

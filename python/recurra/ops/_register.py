@@ -26,12 +26,14 @@ def fake(name: str) -> Callable:
 
 def _differentiated(name: str, arguments: Iterable) -> bool:
     """Whether reverse mode must record this call; forward mode raises instead of losing it."""
+    # Without this the tangents would be lost: torch takes a missing one for zero.
     if forward_ad._current_level >= 0 and any(
         isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
         for argument in arguments
     ):
         raise RuntimeError(
-            f"recurra: forward-mode derivatives of {name} are not implemented; use torch.autograd"
+            f"recurra: forward-mode derivatives of {name} under torch.func and "
+            "torch.autograd.forward_ad are not implemented; use torch.autograd"
         )
     return torch.is_grad_enabled() and any(
         isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
@@ -74,7 +76,12 @@ def autograd(name: str, setup: Callable, backward: Callable) -> None:
         @staticmethod
         def backward(ctx, *cotangents):
             gradients = backward(ctx, *cotangents)
-            return None, *(gradients.get(argument) for argument in names)
+            # A formula may know more gradients than were asked for: one for an argument that was
+            # not given is an error to torch.
+            return None, *(
+                gradients.get(argument) if needed else None
+                for argument, needed in zip(names, ctx.needs_input_grad[1:], strict=True)
+            )
 
     Function.__name__ = Function.__qualname__ = f"recurra.{name}"
 

@@ -85,7 +85,10 @@ def _(a, h, h0, dh, dh_last, *, log_a=False, reverse=False, cu_seqlens=None):
     sizes = check(
         "_linear_scan_backward", a=a, h=h, h0=h0, dh=dh, dh_last=dh_last, cu_seqlens=cu_seqlens
     )
-    dh0 = h.new_empty(sizes["S"], sizes["D"], dtype=state_dtype(h.dtype))
+    if h0 is None:
+        dh0 = h.new_empty(sizes["S"], sizes["D"], dtype=state_dtype(h.dtype))
+    else:
+        dh0 = torch.empty_like(h0)
     return torch.empty_like(a), torch.empty_like(h), dh0
 
 

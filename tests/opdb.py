@@ -1,0 +1,234 @@
+"""The table of every op and cell. The generic tests loop over it; an entry is all that a new op or
+cell adds here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bounds
+import recurra
+from recurra import reference
+from recurra._check import state_dtype
+from support import DTYPES, Arguments, Draw, shapes
+
+
+@dataclass(frozen=True)
+class ErrorInput:
+    """Changes to a valid call and the sentence that they must bring. What depends on values, not
+    on shapes and dtypes, is `of_values` and only checked where values can be read."""
+
+    changes: Arguments
+    message: str
+    of_values: bool = False
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op.
+
+    axes: for each tensor argument its dimensions by letter; alternatives by number of dimensions
+        are separated by "/". T is time, B batch, D channel, S sequence; other letters are its own.
+    outputs: the same for what it returns; the last one is the state.
+    make: ``make(draw, B, T, D, dtype, packed)`` draws one set of arguments (B is 1 if packed).
+    model: from bounds.py, the values and error bounds of outputs and gradients.
+    second_order: gradgradcheck passes; otherwise it raises by name.
+    func: what each transform of torch.func does, "right" or "raises".
+    state: the argument that holds the initial state.
+    split_gradients: "bits" where gradients through a carried state equal those of the whole call
+        to the bit, "bound" where the order of a sum changes.
+    step_inputs: arguments of the step op besides the state; those with T are given one step.
+    step_options: flags that the step op also takes.
+    """
+
+    name: str
+    axes: dict[str, str]
+    outputs: tuple[str, ...]
+    lead: str
+    activations: tuple[str, ...]
+    differentiable: tuple[str, ...]
+    make: Callable[..., Arguments]
+    errors: Callable[[], tuple[Arguments, Sequence[ErrorInput]]]
+    model: Callable[..., Any]
+    second_order: bool
+    func: dict[str, str]
+    step_inputs: tuple[str, ...]
+    bench: tuple[str, ...]
+    step_options: tuple[str, ...] = ()
+    split_gradients: str = "bits"
+    state: str = "h0"
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+
+    @property
+    def function(self) -> Callable:
+        return getattr(recurra, self.name)
+
+    @property
+    def reference(self) -> Callable:
+        return getattr(reference, self.name)
+
+    @property
+    def step(self) -> Callable:
+        return getattr(recurra, f"{self.name}_step")
+
+    @property
+    def overload(self):
+        return getattr(torch.ops.recurra, self.name).default
+
+    @property
+    def docs(self) -> str:
+        return f"docs/{self.name}.md"
+
+    def layout(self, name: str, x: Tensor) -> str:
+        """The letters of the dimensions of an argument; empty for one that has none to name."""
+        for letters in self.axes.get(name, "").split("/"):
+            if len(letters) == x.dim():
+                return letters
+        return "?" * x.dim()
+
+    def samples(self, dtype: torch.dtype, tier: str, packed: bool | None = None) -> Iterator:
+        """Arguments for each shape of a tier; a quarter of them packed, unless said."""
+        for i, (B, T, D) in enumerate(shapes(tier)):
+            draw = Draw(i)
+            pack = draw.rng.random() < 0.25 if packed is None else packed
+            yield self.make(draw, 1 if pack else B, T, D, dtype, pack)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of csrc/cells: its oracle is recurra.reference.cells.NAME."""
+
+    name: str
+    bound: Callable[..., Any]
+    bench: tuple[str, ...]
+    samples: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def oracle(self) -> Callable:
+        return getattr(reference.cells, self.name)
+
+    @property
+    def docs(self) -> str:
+        return f"docs/cells/{self.name}.md"
+
+
+def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _packed_errors(op: str, lead: str) -> list[ErrorInput]:
+    """What every op says of cu_seqlens; `lead` is (B, T, D) = (2, 3, 4) and may be cut to B = 1."""
+
+    def one(message: str, offsets: list[int], dtype=torch.int64, of_values=True) -> ErrorInput:
+        cu_seqlens = torch.tensor(offsets, dtype=dtype)
+        return ErrorInput({"cu_seqlens": cu_seqlens, "B": 1}, f"{op}: {message}", of_values)
+
+    return [
+        one("cu_seqlens must ascend, got 1 after 2 at index 2", [0, 2, 1, 3]),
+        one("cu_seqlens must end at T = 3, got 2", [0, 2], torch.int32),
+        one("cu_seqlens must start at 0, got 1", [1, 3]),
+        one(
+            "cu_seqlens must have dtype int32 or int64, got float32",
+            [0, 3],
+            torch.float32,
+            of_values=False,
+        ),
+        one("cu_seqlens must have shape (S + 1,), got (0,)", [], of_values=False),
+        ErrorInput(
+            {"cu_seqlens": torch.tensor([0, 3])},
+            f"{op}: {lead} must have batch size B = 1 with cu_seqlens, got (2, 3, 4)",
+        ),
+    ]
+
+
+# ---- linear_scan ------------------------------------------------------------------------------
+
+
+def _linear_scan(draw: Draw, B: int, T: int, D: int, dtype: torch.dtype, packed: bool) -> Arguments:
+    cu_seqlens = draw.cu_seqlens(T) if packed else None
+    S = len(cu_seqlens) - 1 if packed else B
+    shape = draw.choice(
+        [(B, T, D)] * 3 + [(1, 1, D), (B, 1, D), (B, T, 1), (1, T, D), (1, 1, 1), (1, T, 1)]
+    )
+    a = draw.gate(*shape, steps=T, dtype=dtype)
+    log_a = draw.choice((False, False, True))
+    return {
+        "a": a.abs().log() if log_a else a,
+        "b": draw.normal(B, T, D, dtype=dtype),
+        "h0": draw.maybe(lambda: draw.normal(S, D, dtype=state_dtype(dtype))),
+        "log_a": log_a,
+        "reverse": draw.choice((False, True)),
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def _linear_scan_errors() -> tuple[Arguments, list[ErrorInput]]:
+    name = "linear_scan"
+    sizes = "B = 2, T = 3, D = 4"
+    return {"a": _zeros(2, 3, 4), "b": _zeros(2, 3, 4), "h0": None}, [
+        ErrorInput(
+            {"a": _zeros(2, 4, 4)},
+            f"{name}: a must have shape (B or 1, T or 1, D or 1) with {sizes}, got (2, 4, 4)",
+        ),
+        ErrorInput(
+            {"a": _zeros(3, 4)},
+            f"{name}: a must have shape (B or 1, T or 1, D or 1) with {sizes}, got (3, 4)",
+        ),
+        ErrorInput({"b": _zeros(3, 4)}, f"{name}: b must have shape (B, T, D), got (3, 4)"),
+        ErrorInput(
+            {"a": _zeros(2, 3, 4, dtype=torch.float64)},
+            f"{name}: a must have dtype float32 where b has float32, got float64",
+        ),
+        ErrorInput(
+            {"b": _zeros(2, 3, 4, dtype=torch.int64)},
+            f"{name}: b must have dtype float32, float64, bfloat16 or float16, got int64",
+        ),
+        ErrorInput(
+            {"b": _zeros(2, 3, 4, dtype=torch.complex32)},
+            f"{name}: b must have dtype float32, float64, bfloat16 or float16, got complex32",
+        ),
+        ErrorInput(
+            {"h0": _zeros(2, 5)},
+            f"{name}: h0 must have shape (S, D) with S = 2, D = 4, got (2, 5)",
+        ),
+        ErrorInput(
+            {"h0": _zeros(2, 4, dtype=torch.bfloat16)},
+            f"{name}: h0 must have dtype float32 where b has float32, got bfloat16",
+        ),
+        ErrorInput(
+            {"h0": _zeros(2, 4, dtype=torch.float16), "half": torch.float16},
+            f"{name}: h0 must have dtype float32 where b has float16, got float16",
+        ),
+        ErrorInput(
+            {"cu_seqlens": torch.tensor([0, 1, 3]), "h0": _zeros(1, 4), "B": 1},
+            f"{name}: h0 must have shape (S, D) with S = 2, D = 4, got (1, 4)",
+        ),
+        *_packed_errors(name, "b"),
+    ]
+
+
+OPS = [
+    Op(
+        name="linear_scan",
+        axes={"a": "BTD", "b": "BTD", "h0": "SD"},
+        outputs=("BTD", "SD"),
+        lead="b",
+        activations=("a", "b"),
+        differentiable=("a", "b", "h0"),
+        make=_linear_scan,
+        errors=_linear_scan_errors,
+        model=bounds.linear_scan,
+        second_order=True,
+        func={"grad": "raises", "jvp": "raises", "vmap": "right"},
+        step_inputs=("a", "b"),
+        step_options=("log_a",),
+        bench=("linear_scan",),
+    ),
+]
+
+# Filled with csrc/cells; test_completeness.py asks for one entry per compiled cell.
+CELLS: list[Cell] = []

@@ -1,0 +1,105 @@
+"""The step ops against the whole-sequence ops. Loops over opdb.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from opdb import OPS
+from support import (
+    DTYPES,
+    LAYOUTS,
+    REPEATS,
+    Draw,
+    describe,
+    laid_out,
+    replaced,
+    same_bits,
+    step_arguments,
+    with_state,
+)
+
+every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@every_op
+@every_dtype
+def test_steps_equal_the_whole(op, dtype):
+    draw = Draw(23)
+    for _ in range(REPEATS):
+        B, T, D = draw.choice((1, 3)), draw.rng.randint(0, 12), draw.choice((1, 3, 16, 20, 300))
+        args = {**with_state(op, op.make(draw, B, T, D, dtype, False)), "cu_seqlens": None}
+        y, last = op.function(**args)
+        h = args[op.state].clone()
+        seen = []
+        order = reversed(range(T)) if args.get("reverse") else range(T)
+        for t in order:
+            seen.append(op.step(h, **step_arguments(op, args, t)))
+        if args.get("reverse"):
+            seen.reverse()
+        context = describe(args)
+        got = torch.stack(seen, 1) if seen else torch.empty_like(y)
+        assert same_bits(got, y), context
+        assert same_bits(h, last), context
+
+
+@every_op
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_slots(op, index):
+    draw = Draw(29)
+    for dtype in op.dtypes:
+        args = with_state(op, op.make(draw, 3, 1, 20, dtype, False))
+        like = args[op.state]
+        states = draw.normal(5, *like.shape[1:], dtype=like.dtype)
+        given = step_arguments(op, args, 0)
+        alone = torch.stack([states[4], states[0], states[2]])
+        before = states.clone()
+        want = op.step(alone, **given)
+        got = op.step(states, **given, slots=torch.tensor([4, -1, 2], dtype=index))
+        assert same_bits(got[[0, 2]], want[[0, 2]])
+        assert not got[1].any(), "a skipped row must return zeros"
+        before[4], before[2] = alone[0], alone[2]
+        assert same_bits(states, before), "states that no row names must stay"
+        for bad, message in (
+            ([4, 2, 4], "slots must not repeat a state, got 4 more than once"),
+            ([0, 5, 1], "slots must be less than the number of states of h, 5, got 5 at index 1"),
+        ):
+            with pytest.raises(RuntimeError) as error:
+                op.step(states, **given, slots=torch.tensor(bad, dtype=index))
+            assert f"{op.name}_step: {message}" in str(error.value)
+            assert same_bits(states, before), "a refused call must change nothing"
+        with pytest.raises(RuntimeError) as error:
+            op.step(states, **given)
+        assert "h must have as many states as there are rows, 3" in str(error.value)
+
+
+@every_op
+def test_step_refuses_gradients_by_name(op):
+    args = with_state(op, op.make(Draw(31), 2, 1, 4, torch.float32, False))
+    given = step_arguments(op, args, 0)
+    for name in [k for k in given if k in op.differentiable]:
+        learning = {**given, name: given[name].detach().requires_grad_()}
+        h = args[op.state].clone()
+        with pytest.raises(RuntimeError) as error:
+            op.step(h, **learning)
+        assert f"recurra: {op.name}_step has no gradient; use {op.name} over" in str(error.value)
+        with torch.no_grad():
+            op.step(h, **learning)
+
+
+@every_op
+def test_step_layouts_equal_contiguous(op):
+    draw = Draw(37)
+    for dtype in op.dtypes:
+        for layout in LAYOUTS:
+            args = with_state(op, op.make(draw, 3, 1, 20, dtype, False))
+            given = step_arguments(op, args, 0)
+            given = replaced(given, lambda k, v, layout=layout: laid_out(v, layout))
+            plain = replaced(given, lambda k, v: v.clone(memory_format=torch.contiguous_format))
+            # The state is written, so it may be strided but not overlap itself.
+            overlaps = layout in ("expanded", "overlapping")
+            strided = laid_out(args[op.state], "contiguous" if overlaps else layout)
+            state = strided.clone(memory_format=torch.contiguous_format)
+            got, want = op.step(strided, **given), op.step(state, **plain)
+            assert same_bits(got, want) and same_bits(strided, state), f"{layout} {describe(args)}"
