@@ -54,7 +54,9 @@ def autograd(name: str, setup: Callable, backward: Callable) -> None:
         @staticmethod
         def backward(ctx, *cotangents):
             gradients = backward(ctx, *cotangents)
-            return None, *(gradients.get(argument) for argument in names)
+            # Of an input that was None torch accepts no gradient.
+            needed = zip(names, ctx.needs_input_grad[1:], strict=True)
+            return None, *(gradients.get(name) if need else None for name, need in needed)
 
     Function.__name__ = Function.__qualname__ = f"recurra.{name}"
 
