@@ -28,7 +28,7 @@ constexpr Op kOps[] = {
      "cu_seqlens:index?"},
     {"linear_scan_step(Tensor(a!) h, Tensor a, Tensor b, *, bool log_a=False, "
      "Tensor? slots=None) -> Tensor",
-     "b:act(B,D) a:act(B|1,D|1) h:state(S,D) slots:index?(B)"},
+     "b:act(B,D) a:act(B|1,D|1) h:state(N,D) slots:index?(B)"},
 };
 
 std::string name_of(const Op& op) {
