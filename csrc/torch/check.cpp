@@ -265,9 +265,6 @@ void check(const char* op, std::initializer_list<Argument> arguments) {
     return nullptr;
   };
   const Tensor* packed = find("cu_seqlens");
-  // The states of a step are as many as the caller keeps; slot_indices() compares them with B.
-  const bool with_slots = std::any_of(rules.begin(), rules.end(),
-                                      [](const Rule& rule) { return rule.name == "slots"; });
   for (const Rule& rule : rules) {
     const Tensor* t = find(rule.name);
     if (!t) continue;
@@ -283,7 +280,7 @@ void check(const char* op, std::initializer_list<Argument> arguments) {
       if (auto batch = sizes.find("B"); batch != sizes.end() && batch->second != 1)
         fail(op, rule.name + " must have batch size B = 1 with cu_seqlens, got " + shape_of(*t));
       sizes["S"] = packed->size(0) - 1;
-    } else if (t == leader && sizes.count("B") && !with_slots) {
+    } else if (t == leader && sizes.count("B")) {
       sizes["S"] = sizes["B"];
     }
   }

@@ -22,6 +22,17 @@ constexpr Op kOps[] = {
     {"linear_scan_step(Tensor(a!) h, Tensor a, Tensor b, *, bool log_a=False, "
      "Tensor? slots=None) -> Tensor",
      "b:act(B,D) a:act(B|1,D|1) h:state(M,D) slots:index?(B)"},
+    {"causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? h0=None, *, "
+     "str? activation=None, Tensor? cu_seqlens=None) -> (Tensor, Tensor)",
+     "x:act(B,T,D) weight:param(D,W>=2) bias:param?(D) h0:state?(S,W-1,D) cu_seqlens:index?"},
+    {"_causal_conv1d_backward(Tensor? dy, Tensor? dh_last, Tensor x, Tensor weight, "
+     "Tensor? bias=None, Tensor? h0=None, *, str? activation=None, Tensor? cu_seqlens=None) "
+     "-> (Tensor, Tensor, Tensor, Tensor)",
+     "x:act(B,T,D) weight:param(D,W>=2) bias:param?(D) h0:state?(S,W-1,D) dy:act?(B,T,D) "
+     "dh_last:state?(S,W-1,D) cu_seqlens:index?"},
+    {"causal_conv1d_step(Tensor(a!) h, Tensor x, Tensor weight, Tensor? bias=None, *, "
+     "str? activation=None, Tensor? slots=None) -> Tensor",
+     "x:act(B,D) weight:param(D,W>=2) bias:param?(D) h:state(M,W-1,D) slots:index?(B)"},
     {"selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
      "Tensor? z=None, Tensor? delta_bias=None, *, bool delta_softplus=False, Tensor? h0=None, "
      "Tensor? cu_seqlens=None) -> (Tensor, Tensor)",
