@@ -8,7 +8,9 @@
 namespace recurra::RECURRA_ISA {
 namespace {
 
-constexpr int kTogether = 4;  // states whose recomputed values are held
+// States whose recomputed values are held.
+template <int Parts>
+constexpr int kTogether = Parts == 1 ? 4 : 1;
 
 // What the channels of a span need in a chunk, all (kScanChunk, kWidth).
 template <class T>
@@ -21,14 +23,14 @@ struct ChunkRows {
 // kTogether states of one vector of channels.
 template <class T, int Parts>
 struct Held {
-  T h[kScanChunk][kTogether][Parts][kLanes] __attribute__((aligned(64)));
-  T a[kScanChunk][kTogether][Parts][kLanes] __attribute__((aligned(64)));
+  T h[kScanChunk][kTogether<Parts>][Parts][kLanes] __attribute__((aligned(64)));
+  T a[kScanChunk][kTogether<Parts>][Parts][kLanes] __attribute__((aligned(64)));
 };
 
 // Sums of dB and dC in lanes over the vectors of a span.
 template <class T, int Parts>
 struct LaneSums {
-  T x[2][kTogether][Parts][kScanChunk][kLanes] __attribute__((aligned(64)));
+  T x[2][kTogether<Parts>][Parts][kScanChunk][kLanes] __attribute__((aligned(64)));
 };
 
 template <class K, int Count, class T>
@@ -310,7 +312,7 @@ void run(const SelectiveScanBackward& args) {
                   }
             i += Count;
           };
-          while (count - i >= kTogether) some(Index<kTogether>());
+          while (count - i >= kTogether<K::parts>) some(Index<kTogether<K::parts>>());
           while (count - i >= 1) some(Index<1>());
         }
         conclude(args, chunk, steps, nc, u, delta, z, dy, bias, skip, dD, dD + padded);

@@ -37,7 +37,8 @@ RECURRA_INLINE void advance(int64_t steps, const T* dt, const T* dtu, T* y, cons
 
 template <class K, class T>
 void run(const SelectiveScan& args) {
-  constexpr int kTogether = K::parts == 1 ? 8 : 4;
+  // A complex state has a chain of its own that is long enough to fill the units.
+  constexpr int kTogether = K::parts == 1 ? 8 : 1;
   const Spans& spans = args.spans;
   const int64_t states = args.states(), padded = spans.padded(), apart = states * padded;
   T* const lanes_A = static_cast<T*>(args.lanes_A);
