@@ -148,7 +148,7 @@ def run(command: list[str]) -> str:
 def check_objects(folder: Path) -> list[str]:
     problems: list[str] = []
     counts: dict[str, set[str]] = {}
-    objects = sorted(folder.rglob("*.cpp.o"))
+    objects = sorted(folder.rglob("*.o"))
     if not objects:
         return [f"{folder}: no object files"]
     for path in objects:

@@ -5,7 +5,8 @@
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 setup_environment
-install_package
+# Named, because the build folder remembers the one architecture of ci/test.sh.
+install_package -C "cmake.define.RECURRA_CUDA_ARCHITECTURES=80-real;90;100-real;120-real"
 export RECURRA_TEST_TIER=nightly
 
 say "tests/cpp, plain and in full"
