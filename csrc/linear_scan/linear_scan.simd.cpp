@@ -221,12 +221,12 @@ void finish(const View<3>& partial, const View<3>& da) {
 // da, db and the carried gradient, where every tensor lies row by row; `first` is h0.
 template <class T, DType S>
 void backward_rows(const Plane& a, const Plane& h, const Plane& dh, const Plane& da,
-                   const Plane& db, bool log_a, int64_t steps, int64_t channels, bool whole,
-                   bool stream, const T* first, T* carry) {
+                   const Plane& db, bool log_a, int64_t steps, int64_t channels, bool stream,
+                   const T* first, T* carry) {
   constexpr int64_t item = item_size(S);
   const bool past = stream && may_stream<T>(da) && may_stream<T>(db);
   for (int64_t t = 0; t < steps; ++t) {
-    if (!whole && t + kAhead + 1 < steps) {
+    if (t + kAhead + 1 < steps) {
       prefetch_row(a, t + kAhead, channels);
       prefetch_row(h, t + kAhead + 1, channels);
       if (dh) prefetch_row(dh, t + kAhead, channels);
@@ -284,8 +284,8 @@ void backward(const LinearScanBackward& args) {
       load_row<T>(plane(args.h0, n, c0), nc, first, shape.width);
       if (!tiled)
         for_storage<T>(h.dtype, [&](auto dtype) RECURRA_LAMBDA {
-          backward_rows<T, DType(dtype.value)>(a, h, dh, da, db, args.log_a, s.length(), nc,
-                                               nc == channels, stream, first, carry);
+          backward_rows<T, DType(dtype.value)>(a, h, dh, da, db, args.log_a, s.length(), nc, stream,
+                                               first, carry);
         });
       for (int64_t t0 = tiled ? 0 : s.length(); t0 < s.length(); t0 += shape.steps) {
         const int64_t steps = s.length() - t0 < shape.steps ? s.length() - t0 : shape.steps;
