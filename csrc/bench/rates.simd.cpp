@@ -9,8 +9,8 @@ namespace {
 
 using V = Vec<float>;
 
-constexpr int kBuffer = 1024;   // floats: input and output together fill 8 KiB of the L1 cache
-constexpr int kUnroll = 4;      // independent chains of one pass
+constexpr int kBuffer = 1024;        // floats: input and output together fill 8 KiB of the L1 cache
+constexpr int kUnroll = 4;           // independent chains of one pass
 constexpr int64_t kChunk = 1 << 16;  // elements of a task of a stream
 
 // The compiler may not move a pass across this, nor drop one whose output the next overwrites.
@@ -26,8 +26,8 @@ void pass_over_buffer(const LoopTask& task, float low, float high, F f) {
     touch(in, out);
     for (int i = 0; i < kBuffer; i += kUnroll * kLanes) {
       V v[kUnroll];
-      _Pragma("GCC unroll 16") for (int k = 0; k < kUnroll; ++k)
-          v[k] = f(V::load(in + i + k * kLanes));
+      _Pragma("GCC unroll 16") for (int k = 0; k < kUnroll; ++k) v[k] =
+          f(V::load(in + i + k * kLanes));
       _Pragma("GCC unroll 16") for (int k = 0; k < kUnroll; ++k) v[k].store(out + i + k * kLanes);
     }
   }
@@ -55,9 +55,8 @@ void fma_chains(const LoopTask& task) {
 }  // namespace
 
 void run_loop(const LoopTask& task) {
-  const auto over = [&](float low, float high, auto f) RECURRA_LAMBDA {
-    pass_over_buffer(task, low, high, f);
-  };
+  const auto over = [&](float low, float high, auto f)
+                        RECURRA_LAMBDA { pass_over_buffer(task, low, high, f); };
   switch (task.loop) {
     case Loop::fma: return fma_chains(task);
     case Loop::exp2: return over(-16, 0, [](V x) RECURRA_LAMBDA { return exp2_fast(x); });
@@ -79,8 +78,8 @@ void run_stream(const Stream& s) {
       V v[8] = {V(0.0f), V(0.0f), V(0.0f), V(0.0f), V(0.0f), V(0.0f), V(0.0f), V(0.0f)};
       int64_t i = begin;
       for (; i + 8 * kLanes <= end; i += 8 * kLanes)
-        _Pragma("GCC unroll 16") for (int k = 0; k < 8; ++k)
-            v[k] = v[k] + V::load(s.a + i + k * kLanes);
+        _Pragma("GCC unroll 16") for (int k = 0; k < 8; ++k) v[k] =
+            v[k] + V::load(s.a + i + k * kLanes);
       for (int k = 1; k < 8; ++k) v[0] = v[0] + v[k];
       const float total = sum(v[0]);
       if (total == -1.25f) *s.sum = total;  // never so, which the compiler cannot know
@@ -100,8 +99,7 @@ void run_stream(const Stream& s) {
 }
 
 void exp2_values(const Exp2Values& args) {
-  for (int64_t i = 0; i < args.count; i += kLanes)
-    exp2_fast(V::load(args.x + i)).store(args.y + i);
+  for (int64_t i = 0; i < args.count; i += kLanes) exp2_fast(V::load(args.x + i)).store(args.y + i);
 }
 
 }  // namespace recurra::RECURRA_ISA

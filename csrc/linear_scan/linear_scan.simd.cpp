@@ -11,11 +11,11 @@
 namespace recurra::RECURRA_ISA {
 namespace {
 
-constexpr int64_t kTile = 4096;          // elements of a tile
-constexpr int64_t kWidest = 1024;        // channels of a row
-constexpr int64_t kAhead = 16;           // rows by which parts of rows are prefetched
-constexpr int64_t kGroup = 16;           // steps that are summed before they join a gradient
-constexpr int64_t kStreamFrom = 8 << 20; // bytes of output that no cache is asked to hold
+constexpr int64_t kTile = 4096;           // elements of a tile
+constexpr int64_t kWidest = 1024;         // channels of a row
+constexpr int64_t kAhead = 16;            // rows by which parts of rows are prefetched
+constexpr int64_t kGroup = 16;            // steps that are summed before they join a gradient
+constexpr int64_t kStreamFrom = 8 << 20;  // bytes of output that no cache is asked to hold
 
 template <class T>
 using Buffer = T __attribute__((aligned(64)))[kTile];
@@ -68,9 +68,12 @@ Tile<T> load_gate(const Plane& p, bool log_a, int64_t steps, int64_t channels, T
 // Sixteen stored numbers of a dtype that is known.
 template <class T, DType S>
 RECURRA_INLINE Vec<T> load_stored(const char* p) {
-  if constexpr (S == kDType<T>) return Vec<T>::load(reinterpret_cast<const T*>(p));
-  else if constexpr (S == DType::bf16) return load_bf16(reinterpret_cast<const uint16_t*>(p));
-  else return load_f16(reinterpret_cast<const uint16_t*>(p));
+  if constexpr (S == kDType<T>)
+    return Vec<T>::load(reinterpret_cast<const T*>(p));
+  else if constexpr (S == DType::bf16)
+    return load_bf16(reinterpret_cast<const uint16_t*>(p));
+  else
+    return load_f16(reinterpret_cast<const uint16_t*>(p));
 }
 template <class T, DType S>
 RECURRA_INLINE void store_stored(char* p, Vec<T> v, bool past) {
@@ -99,7 +102,8 @@ template <class T>
 bool may_stream(const Plane& p) {
   return p.dtype == kDType<T> && (reinterpret_cast<uintptr_t>(p.data) |
                                   static_cast<uintptr_t>(p.stride_t * item_size(p.dtype))) %
-                                         64 == 0;
+                                         64 ==
+                                     0;
 }
 
 RECURRA_INLINE void prefetch_row(const Plane& p, int64_t t, int64_t channels) {
@@ -309,8 +313,8 @@ void backward(const LinearScanBackward& args) {
         }
         store_tile<T>(db.at(t0, 0), steps, nc, out_b, shape.width, stream);
         if (reduced)
-          accumulate<T>(args.a, sums.at(args.a.size[1] == 1 ? 0 : t0, 0), steps, nc,
-                        out_a, shape.width);
+          accumulate<T>(args.a, sums.at(args.a.size[1] == 1 ? 0 : t0, 0), steps, nc, out_a,
+                        shape.width);
         else
           store_tile<T>(da.at(t0, 0), steps, nc, out_a, shape.width, stream);
       }

@@ -66,10 +66,10 @@ Value named(const std::map<std::string, Value>& table, const char* what, const s
   throw std::invalid_argument(std::string(what) + " must be one of " + known + ", got " + name);
 }
 
-const std::map<std::string, Loop> kLoops = {
-    {"fma", Loop::fma},         {"exp2", Loop::exp2}, {"exp", Loop::exp},
-    {"sigmoid", Loop::sigmoid}, {"tanh", Loop::tanh}, {"softplus", Loop::softplus},
-    {"silu", Loop::silu}};
+const std::map<std::string, Loop> kLoops = {{"fma", Loop::fma},   {"exp2", Loop::exp2},
+                                            {"exp", Loop::exp},   {"sigmoid", Loop::sigmoid},
+                                            {"tanh", Loop::tanh}, {"softplus", Loop::softplus},
+                                            {"silu", Loop::silu}};
 const std::map<std::string, StreamKind> kStreams = {
     {"triad", StreamKind::triad},
     {"triad_past_caches", StreamKind::triad_past_caches},
