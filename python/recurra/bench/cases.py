@@ -446,13 +446,8 @@ def _memory(shape: tuple[int, ...], with_peers: bool) -> Measured:
 
 
 def _import(with_peers: bool) -> Measured:
-    alone, both = import_seconds(7)
-    return Measured(
-        1e3 * (both - alone),
-        "ms beyond torch",
-        150,
-        f"import recurra {both:.2f} s, import torch {alone:.2f} s",
-    )
+    alone, beyond = import_seconds(7)
+    return Measured(1e3 * beyond, "ms beyond torch", 150, f"import torch {alone:.2f} s")
 
 
 # The table ----------------------------------------------------------------------------------------

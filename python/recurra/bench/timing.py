@@ -88,12 +88,14 @@ def per_call(call: Callable[[], object], calls: int = 200) -> Callable[[], float
 
 
 def import_seconds(repeat: int) -> tuple[float, float]:
-    """Median seconds of ``import torch`` alone and of ``import recurra``, each in a new process."""
-    code = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
-
-    def once(module: str) -> float:
-        command = [sys.executable, "-c", code.format(module)]
-        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-    pairs = [(once("torch"), once("recurra")) for _ in range(repeat + 1)][1:]
-    return statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs)
+    """Median seconds of ``import torch``, and of ``import recurra`` after it, in new processes."""
+    code = (
+        "from time import perf_counter as now; start = now(); import torch; middle = now(); "
+        "import recurra; print(middle - start, now() - middle)"
+    )
+    runs = []
+    for _ in range(repeat + 1):  # the first one reads the files
+        out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        runs.append([float(word) for word in out.stdout.split()])
+    alone, beyond = (statistics.median(column) for column in zip(*runs[1:], strict=True))
+    return alone, beyond
