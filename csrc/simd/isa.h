@@ -7,6 +7,8 @@ enum class Isa : int { scalar, avx2, avx512 };
 
 // The best instruction set of this machine, capped by RECURRA_ISA (scalar, avx2 or avx512).
 Isa isa();
+// The best one, whatever the cap.
+Isa best_isa();
 const char* isa_name(Isa isa);
 
 // Caps the choice from now on, as RECURRA_ISA does at the start; throws on an unknown name.

@@ -8,6 +8,10 @@ RECURRA_INLINE void fence() { _mm_sfence(); }
 RECURRA_INLINE void prefetch(const void* p) {
   _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
 }
+// Into the second cache, for what is needed later than the first could keep it.
+RECURRA_INLINE void prefetch_early(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+}
 
 template <>
 struct Reg<float> {
