@@ -14,7 +14,7 @@
 namespace recurra::RECURRA_ISA {
 namespace {
 
-constexpr int64_t kStreamFrom = 8 << 20;  // bytes of output that no cache is asked to hold
+constexpr int64_t kStreamFrom = 4 << 20;  // bytes of output that no cache is asked to hold
 
 constexpr int64_t up16(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -83,15 +83,20 @@ struct Cut {
   }
 };
 
-Cut cut(const View<3>& x, const View<2>& weight) {
+// Long runs of memory first; the backward, which holds more and sums over time, in taller tiles.
+Cut cut(const View<3>& x, const View<2>& weight, int64_t spans, bool backward) {
   Cut c;
   c.along_time = x.step(2) != 1 && x.step(1) == 1;
   c.taps = weight.size[1];
   c.channels = x.size[2];
-  c.width = c.along_time ? 8 : 64;
-  c.steps = c.along_time ? 512 : 64;
-  c.block = c.along_time ? 32 : 64;
-  c.blocks = (c.channels + c.block - 1) / c.block;
+  c.width = c.along_time ? 8 : backward ? 128 : 256;
+  c.steps = c.along_time ? kConvSpan : backward ? 64 : 32;
+  c.block = c.along_time ? 32 : c.width;
+  const auto blocks = [&] { return (c.channels + c.block - 1) / c.block; };
+  // Enough tasks to share out.
+  while (c.block > (c.along_time ? c.width : 64) && spans * blocks() < 16) c.block /= 2;
+  c.width = least(c.width, c.block);
+  c.blocks = blocks();
   return c;
 }
 
@@ -325,7 +330,7 @@ struct Tiles {
 
 template <class T>
 void forward(const CausalConv1d& args) {
-  const Cut shape = cut(args.x, args.weight);
+  const Cut shape = cut(args.x, args.weight, args.span_count, false);
   const bool stream = streams(args.y);
   const int64_t W = shape.taps, row = up16(shape.width);
   parallel(args.span_count * shape.blocks, [&](int64_t task) {
@@ -392,7 +397,7 @@ void finish(const CausalConv1dBackward& args) {
 
 template <class T>
 void backward(const CausalConv1dBackward& args) {
-  const Cut shape = cut(args.x, args.weight);
+  const Cut shape = cut(args.x, args.weight, args.span_count, true);
   const bool stream = streams(args.dx);
   const int64_t W = shape.taps, row = up16(shape.width);
   parallel(args.span_count * shape.blocks, [&](int64_t task) {
