@@ -151,8 +151,8 @@ RECURRA_INLINE void convolve(const T* x, int64_t step, int64_t tap, int64_t vect
 // sums[j] += sum_i ds_i x_{i,j} for each lane, and sums[W] += sum_i ds_i; only the first `tail`
 // lanes of the last vector count.
 template <class T, int W>
-void correlate(const T* ds, int64_t ds_step, const T* x, int64_t step, int64_t tap,
-               int64_t vectors, int tail, int64_t taps, T* sums, int64_t sum_step) {
+void correlate(const T* ds, int64_t ds_step, const T* x, int64_t step, int64_t tap, int64_t vectors,
+               int tail, int64_t taps, T* sums, int64_t sum_step) {
   if (vectors == 0) return;
   const int64_t whole = tail == kLanes ? vectors : vectors - 1;
   if constexpr (W > 0) {
@@ -201,14 +201,14 @@ RECURRA_INLINE void for_width(int64_t taps, const F& f) {
 template <class T>
 struct Tiles {
   const Cut& cut;
-  int64_t nc;        // channels of this tile
-  T* weight_lanes;   // (W, 16): the weights of a line
+  int64_t nc;       // channels of this tile
+  T* weight_lanes;  // (W, 16): the weights of a line
 
   // Steps [from, to) of a plane that starts at the tile's first step, in place or in `buffer`.
   Grid<T> load(const Plane& p, int64_t from, int64_t to, const Grid<T>& buffer) const {
     if (cut.along_time) {
-      const Tile<T> tile = load_tile<T>(swapped(p.at(from, 0)), nc, to - from, buffer.at(from, 0),
-                                        buffer.c);
+      const Tile<T> tile =
+          load_tile<T>(swapped(p.at(from, 0)), nc, to - from, buffer.at(from, 0), buffer.c);
       return {tile.data - from, 1, tile.stride};
     }
     const Tile<T> tile = load_tile<T>(p.at(from, 0), to - from, nc, buffer.at(from, 0), buffer.t);
@@ -385,10 +385,9 @@ void finish(const CausalConv1dBackward& args) {
           total = total + Vec<T>::load(reinterpret_cast<T*>(args.partial.at(u, j, c)), lanes);
         T values[kLanes];
         total.store(values);
-        const Plane to = j < taps
-                             ? Plane{args.dweight.at(c, j), args.dweight.dtype, 0,
-                                     args.dweight.step(0)}
-                             : Plane{args.dbias.at(c), args.dbias.dtype, 0, args.dbias.step(0)};
+        const Plane to =
+            j < taps ? Plane{args.dweight.at(c, j), args.dweight.dtype, 0, args.dweight.step(0)}
+                     : Plane{args.dbias.at(c), args.dbias.dtype, 0, args.dbias.step(0)};
         store_tile<T>(to, 1, lanes, values, kLanes, false);
       }
     }
@@ -483,8 +482,8 @@ void step(const CausalConv1dStep& args) {
     Scratch<T> scratch((2 * W + 2) * kWidth);
     T *weight_buffer = scratch.take(W * kWidth), *bias_buffer = scratch.take(kWidth),
       *inputs = scratch.take(W * kWidth), *out = scratch.take(kWidth);
-    const Parameters<T> p = load_parameters<T>(args.weight, args.bias, c0, nc, weight_buffer,
-                                               bias_buffer, kWidth);
+    const Parameters<T> p =
+        load_parameters<T>(args.weight, args.bias, c0, nc, weight_buffer, bias_buffer, kWidth);
     const auto load_rows = [&](const Plane& from, int64_t count, T* to) {
       const Tile<T> tile = load_tile<T>(from, count, nc, to, kWidth);
       if (tile.data == to) return;

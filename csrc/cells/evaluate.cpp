@@ -37,8 +37,8 @@ std::vector<CellInfo> describe() {
   std::vector<CellInfo> all;
   isa::for_each_cell([&](auto cell) {
     using Cell = decltype(cell);
-    CellInfo info{Cell::name, list(Cell::inputs), list(Cell::states), list(Cell::params), {},
-                  Cell::output};
+    CellInfo info{Cell::name, list(Cell::inputs), list(Cell::states), list(Cell::params),
+                  {},         Cell::output};
     for (int i = 0; i < decltype(Cell::affine_params)::size; ++i) {
       const isa::Affine a = Cell::affine_params.entry[i];
       info.affine.push_back({a.param, a.input, a.state});
@@ -69,9 +69,8 @@ const CellInfo* cell_info(const char* name) {
 
 bool evaluate_cell(const char* name, const double* x, const double* h, const double* p, int64_t n,
                    double* h_out, double* jacobian) {
-  return isa::with_cell(name, [&](auto cell) {
-    evaluate<decltype(cell)>(x, h, p, n, h_out, jacobian);
-  });
+  return isa::with_cell(name,
+                        [&](auto cell) { evaluate<decltype(cell)>(x, h, p, n, h_out, jacobian); });
 }
 
 }  // namespace recurra

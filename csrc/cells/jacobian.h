@@ -7,13 +7,11 @@ namespace recurra::RECURRA_ISA {
 // The step on arrays of inputs x[G], states h[S] and parameters p[P].
 template <class Cell, class V>
 RECURRA_FN void step(const V* x, const V* h, const V* p, V* out) {
-  const auto at = [](const V* v) RECURRA_LAMBDA {
-    return [v](auto i) RECURRA_LAMBDA { return v[i.value]; };
-  };
+  const auto at = [](const V* v)
+                      RECURRA_LAMBDA { return [v](auto i) RECURRA_LAMBDA { return v[i.value]; }; };
   const auto next = Cell::step(generate<kInputs<Cell>>(at(x)), generate<kStates<Cell>>(at(h)),
                                generate<kParams<Cell>>(at(p)));
-  for_each_index<kStates<Cell>>(
-      [&](auto s) RECURRA_LAMBDA { out[s.value] = get<s.value>(next); });
+  for_each_index<kStates<Cell>>([&](auto s) RECURRA_LAMBDA { out[s.value] = get<s.value>(next); });
 }
 
 // The step and J[s][j], the derivative of new state s along direction j of those in Directions,

@@ -15,9 +15,9 @@ constexpr int kTogether = Parts == 1 ? 4 : 1;
 // What the channels of a span need in a chunk, all (kScanChunk, kWidth).
 template <class T>
 struct ChunkRows {
-  SpanRows<T> u, delta, z, dy;    // as given
-  SpanRows<T> dt, dtu, Y;         // computed from those
-  SpanRows<T> p, q, y;            // Re sum g conj(B), Re sum conj(A) q, y
+  SpanRows<T> u, delta, z, dy;  // as given
+  SpanRows<T> dt, dtu, Y;       // computed from those
+  SpanRows<T> p, q, y;          // Re sum g conj(B), Re sum conj(A) q, y
 };
 
 // kTogether states of one vector of channels.
@@ -87,8 +87,8 @@ RECURRA_INLINE void reverse(int64_t steps, const ChunkRows<T>& rows, T* p, T* q,
     const T* c = C.x[0] + t * kStates + n;
 #pragma GCC unroll 4
     for (int i = 0; i < Count; ++i) {
-      const State previous = t > 0 ? K::load(held.h[t - 1][i][0], kLanes)
-                                   : K::load(before + i * padded, apart);
+      const State previous =
+          t > 0 ? K::load(held.h[t - 1][i][0], kLanes) : K::load(before + i * padded, apart);
       const State g = fma(conj(K::broadcast(c + i, other)), Y, carry[i]);
       T* dB = sums.x[0][i][0][t];
       T* dC = sums.x[1][i][0][t];
@@ -277,8 +277,8 @@ void run(const SelectiveScanBackward& args) {
         const Tile<T> u = load(args.u, chunk.u), delta = load(args.delta, chunk.delta),
                       z = load(args.z, chunk.z), dy = load(args.dy, chunk.dy);
         prepare(args, chunk, steps, nc, u, delta, z, dy, bias, skip);
-        const T* before = static_cast<const T*>(args.saved) + args.chunk_row(n, k) * rows * padded +
-                          lane0;
+        const T* before =
+            static_cast<const T*>(args.saved) + args.chunk_row(n, k) * rows * padded + lane0;
         for (int64_t n0 = 0; n0 < states; n0 += kStates) {
           const int64_t count = states - n0 < kStates ? states - n0 : kStates;
           load_BC(args.B, s, t0, steps, group, n0, count, K::parts, B);
@@ -306,8 +306,8 @@ void run(const SelectiveScanBackward& args) {
                     const int lanes = at_most_lanes(steps - t);
                     T values[kLanes];
                     sums_of<T>(sums.x[which][j][part] + t, lanes).store(values);
-                    T* to = sum_BC[which] + (span * total + step0 + t) * rows + part * states +
-                            n0 + i + j;
+                    T* to = sum_BC[which] + (span * total + step0 + t) * rows + part * states + n0 +
+                            i + j;
                     for (int lane = 0; lane < lanes; ++lane) to[lane * rows] = values[lane];
                   }
             i += Count;

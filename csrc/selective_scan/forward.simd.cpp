@@ -57,7 +57,8 @@ void run(const SelectiveScan& args) {
       zero_rows(y.x, s.length(), whole(nc), kWidth);
       return store_tile<T>(out, s.length(), nc, y.x, kWidth, false);
     }
-    const Plane u_plane = plane(args.u, s, false, c0), delta_plane = plane(args.delta, s, false, c0),
+    const Plane u_plane = plane(args.u, s, false, c0),
+                delta_plane = plane(args.delta, s, false, c0),
                 z_plane = plane(args.z, s, false, c0);
     StateRows<T> B, C;
     T bias[kWidth] __attribute__((aligned(64))), skip[kWidth] __attribute__((aligned(64)));
@@ -69,7 +70,8 @@ void run(const SelectiveScan& args) {
 
     for (int64_t t0 = 0; t0 < s.length(); t0 += kScanChunk) {
       const int64_t steps = s.length() - t0 < kScanChunk ? s.length() - t0 : kScanChunk;
-      const int64_t next = s.length() - t0 - steps < kScanChunk ? s.length() - t0 - steps : kScanChunk;
+      const int64_t next =
+          s.length() - t0 - steps < kScanChunk ? s.length() - t0 - steps : kScanChunk;
       if (args.saved) {
         T* to = static_cast<T*>(args.saved) +
                 args.chunk_row(n, t0 / kScanChunk) * K::parts * apart + lane0;

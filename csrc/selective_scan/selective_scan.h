@@ -42,9 +42,7 @@ struct Spans {
   int64_t padded() const { return groups * group_blocks * kLanes; }
   int64_t group(int64_t span) const { return span / per_group; }
   int64_t first_in_group(int64_t span) const { return span % per_group * blocks * kLanes; }
-  int64_t first(int64_t span) const {
-    return group(span) * group_channels + first_in_group(span);
-  }
+  int64_t first(int64_t span) const { return group(span) * group_channels + first_in_group(span); }
   int64_t channels(int64_t span) const {
     const int64_t left = group_channels - first_in_group(span);
     return left < blocks * kLanes ? left : blocks * kLanes;
@@ -72,7 +70,8 @@ struct SelectiveScanInputs {
   int64_t chunk_row(int64_t n, int64_t k) const {
     const Sequence s = sequences[n];
     return (sequences.offsets ? s.begin / kScanChunk + n
-                              : n * ((sequences.time + kScanChunk - 1) / kScanChunk)) + k;
+                              : n * ((sequences.time + kScanChunk - 1) / kScanChunk)) +
+           k;
   }
   int64_t chunk_rows() const {
     return sequences.offsets ? sequences.time / kScanChunk + sequences.count
@@ -82,8 +81,8 @@ struct SelectiveScanInputs {
 
 // Scratch is in the compute type and in lanes: the last dimension is spans.padded().
 struct SelectiveScan : SelectiveScanInputs {
-  View<3> h0, h_last;  // (S, D, N)
-  View<3> y;           // (B, T, D)
+  View<3> h0, h_last;       // (S, D, N)
+  View<3> y;                // (B, T, D)
   void* lanes_A = nullptr;  // (rows, padded)
   void* state = nullptr;    // (S, rows, padded)
   void* saved = nullptr;    // (chunk_rows, rows, padded), the state before each chunk, or null

@@ -21,16 +21,15 @@ std::tuple<Tensor, Tensor> causal_conv1d_cpu(Tensor x, Tensor weight, OptionalTe
                                              OptionalTensor h0, Activation activation,
                                              OptionalTensor cu_seqlens) {
   constexpr const char* op = "causal_conv1d";
-  check(op,
-        {{"x", x}, {"weight", weight}, {"bias", bias}, {"h0", h0}, {"cu_seqlens", cu_seqlens}});
+  check(op, {{"x", x}, {"weight", weight}, {"bias", bias}, {"h0", h0}, {"cu_seqlens", cu_seqlens}});
   CausalConv1d args;
   args.silu = is_silu(op, activation);
   std::vector<int64_t> offsets;
   args.sequences = sequences(op, x.size(0), x.size(1), cu_seqlens, offsets);
   const std::vector<ConvSpan> spans = conv_spans(args.sequences);
   Tensor y = empty_like(x);
-  Tensor h_last = empty(x, {args.sequences.count, weight.size(1) - 1, x.size(2)},
-                        state_dtype(dtype_of(x)));
+  Tensor h_last =
+      empty(x, {args.sequences.count, weight.size(1) - 1, x.size(2)}, state_dtype(dtype_of(x)));
   args.x = view<3>(x);
   args.weight = view<2>(weight);
   args.bias = view<1>(bias);

@@ -7,7 +7,7 @@
 namespace recurra {
 namespace {
 
-#define SELECTIVE_SCAN_REQUIREMENTS                                                             \
+#define SELECTIVE_SCAN_REQUIREMENTS                                                              \
   "u:act(B,T,D) delta:act(B,T,D) A:param*(D,N) B:act*(B,T,N)/(B,T,G,N) C:act*(B,T,N)/(B,T,G,N) " \
   "D:param?(D) z:act?(B,T,D) delta_bias:param?(D) cu_seqlens:index?"
 

@@ -65,7 +65,9 @@ DType lane_state_dtype(const Tensor& u, const Tensor& A) {
 View<4> grouped(const Tensor& t) {
   if (t.dim() == 4) return view<4>(t);
   const View<3> v = view<3>(t);
-  return {v.data, v.dtype, {v.size[0], v.size[1], 1, v.size[2]},
+  return {v.data,
+          v.dtype,
+          {v.size[0], v.size[1], 1, v.size[2]},
           {v.stride[0], v.stride[1], 0, v.stride[2]}};
 }
 
@@ -116,8 +118,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, bool save, const Tens
   std::vector<int64_t> offsets;
   SelectiveScan args;
   args.sequences = sequences(op, u.size(0), u.size(1), cu_seqlens, offsets);
-  args.spans = Spans(u.size(2), span_groups(B, C, 2),
-                     blocks_per_span(u.size(2), args.sequences.count));
+  args.spans =
+      Spans(u.size(2), span_groups(B, C, 2), blocks_per_span(u.size(2), args.sequences.count));
   args.u = view<3>(u);
   args.delta = view<3>(delta);
   args.z = view<3>(z);
@@ -184,8 +186,8 @@ selective_scan_backward_cpu(OptionalTensor dy, OptionalTensor dh_last, Tensor sa
   std::vector<int64_t> offsets;
   SelectiveScanBackward args;
   args.sequences = sequences(op, u.size(0), u.size(1), cu_seqlens, offsets);
-  args.spans = Spans(u.size(2), span_groups(B, C, 2),
-                     blocks_per_span(u.size(2), args.sequences.count));
+  args.spans =
+      Spans(u.size(2), span_groups(B, C, 2), blocks_per_span(u.size(2), args.sequences.count));
   args.u = view<3>(u);
   args.delta = view<3>(delta);
   args.z = view<3>(z);

@@ -90,15 +90,15 @@ namespace {
 
 int failures = 0;
 
-#define CHECK(CONDITION, ...)                                              \
-  do {                                                                     \
-    if (!(CONDITION)) {                                                    \
-      if (++failures < 40) {                                               \
-        std::printf("FAILED line %d: %s: ", __LINE__, #CONDITION);         \
-        std::printf(__VA_ARGS__);                                          \
-        std::printf("\n");                                                 \
-      }                                                                    \
-    }                                                                      \
+#define CHECK(CONDITION, ...)                                      \
+  do {                                                             \
+    if (!(CONDITION)) {                                            \
+      if (++failures < 40) {                                       \
+        std::printf("FAILED line %d: %s: ", __LINE__, #CONDITION); \
+        std::printf(__VA_ARGS__);                                  \
+        std::printf("\n");                                         \
+      }                                                            \
+    }                                                              \
   } while (0)
 
 // x, h and p of one step, one after the other; steps of a vector are sixteen of these.
@@ -282,7 +282,8 @@ void test_evaluate() {
       for (int k = 0; k < P::K; ++k) v[k * n + i] = points[i].v[k];
     }
     CHECK(recurra::evaluate_cell(Cell::name, &v[0], &v[P::G * n], &v[(P::G + P::S) * n], n, &out[0],
-                                 &J[0]), "%s: evaluate_cell", Cell::name);
+                                 &J[0]),
+          "%s: evaluate_cell", Cell::name);
     for (int i = 0; i < n; ++i)
       for (int s = 0; s < P::S; ++s) {
         // A few last places apart at most: another instruction set may have compiled it.

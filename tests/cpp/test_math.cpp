@@ -26,15 +26,15 @@ bool full = true;
 constexpr int kBlock = 4096;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-#define CHECK(CONDITION, ...)                              \
-  do {                                                     \
-    if (!(CONDITION)) {                                    \
-      if (++failures < 40) {                               \
+#define CHECK(CONDITION, ...)                                      \
+  do {                                                             \
+    if (!(CONDITION)) {                                            \
+      if (++failures < 40) {                                       \
         std::printf("FAILED line %d: %s: ", __LINE__, #CONDITION); \
-        std::printf(__VA_ARGS__);                          \
-        std::printf("\n");                                 \
-      }                                                    \
-    }                                                      \
+        std::printf(__VA_ARGS__);                                  \
+        std::printf("\n");                                         \
+      }                                                            \
+    }                                                              \
   } while (0)
 
 template <class To, class From>
@@ -72,18 +72,29 @@ T on_plain(T x) {
   return F::f(x);
 }
 
-template <class W> W exact_sigmoid(W x) { return 1 / (1 + std::exp(-x)); }
-template <class W> W exact_softplus(W x) {
+template <class W>
+W exact_sigmoid(W x) {
+  return 1 / (1 + std::exp(-x));
+}
+template <class W>
+W exact_softplus(W x) {
   return std::max(x, W(0)) + std::log1p(std::exp(-std::abs(x)));
 }
-template <class W> W exact_silu(W x) {
+template <class W>
+W exact_silu(W x) {
   return std::isinf(x) && x < 0 ? -W(0) : x / (1 + std::exp(-x));
 }
 
-#define FUNCTION(NAME, CALL, EXACT)                                    \
-  struct NAME {                                                        \
-    template <class V> static RECURRA_INLINE V f(V x) { return CALL; } \
-    template <class W> static W exact(W x) { return EXACT; }           \
+#define FUNCTION(NAME, CALL, EXACT)  \
+  struct NAME {                      \
+    template <class V>               \
+    static RECURRA_INLINE V f(V x) { \
+      return CALL;                   \
+    }                                \
+    template <class W>               \
+    static W exact(W x) {            \
+      return EXACT;                  \
+    }                                \
   };
 FUNCTION(Exp, r::exp(x), std::exp(x))
 FUNCTION(Exp2, r::exp2(x), std::exp2(x))
@@ -98,14 +109,15 @@ FUNCTION(Silu, r::silu(x), exact_silu(x))
 template <class T, class W>
 std::vector<Function<T, W>> functions() {
   const bool f = sizeof(T) == 4;
-#define ROW(STRUCT, NAME, FLOAT_BOUND, DOUBLE_BOUND)                                   \
-  Function<T, W>{NAME, f ? FLOAT_BOUND : DOUBLE_BOUND, on_block<STRUCT, T>,            \
-                 on_plain<STRUCT, T>, [](W x) -> W { return STRUCT::exact(x); }}
-  return {ROW(Exp, "exp", 2, 3),         ROW(Exp2, "exp2", 2, 3),
-          ROW(Exp2Fast, "exp2_fast", 2, 3), ROW(Expm1, "expm1", 2, 3),
-          ROW(Log1p, "log1p", 2, 3),     ROW(Sigmoid, "sigmoid", 2, 3),
-          ROW(Tanh, "tanh", 2, 3),       ROW(Softplus, "softplus", 3, 3),
-          ROW(Silu, "silu", 3, 3)};
+#define ROW(STRUCT, NAME, FLOAT_BOUND, DOUBLE_BOUND)                                \
+  Function<T, W> {                                                                  \
+    NAME, f ? FLOAT_BOUND : DOUBLE_BOUND, on_block<STRUCT, T>, on_plain<STRUCT, T>, \
+        [](W x) -> W { return STRUCT::exact(x); }                                   \
+  }
+  return {
+      ROW(Exp, "exp", 2, 3),     ROW(Exp2, "exp2", 2, 3),         ROW(Exp2Fast, "exp2_fast", 2, 3),
+      ROW(Expm1, "expm1", 2, 3), ROW(Log1p, "log1p", 2, 3),       ROW(Sigmoid, "sigmoid", 2, 3),
+      ROW(Tanh, "tanh", 2, 3),   ROW(Softplus, "softplus", 3, 3), ROW(Silu, "silu", 3, 3)};
 }
 
 // |y - exact| in units in the last place of the exact result; infinity where it makes no sense.
@@ -266,32 +278,72 @@ void test_exact_points() {
              sin = F(r::sincos(x).sin), cos = F(r::sincos(x).cos);
 #undef F
   const T ln2 = T(0.693147180559945309417L);
-  const std::vector<Row> rows = {
-      {"exp", exp, z, 1}, {"exp", exp, -z, 1}, {"exp", exp, inf, inf}, {"exp", exp, -inf, 0},
-      {"exp", exp, L::max(), inf}, {"exp", exp, L::lowest(), 0}, {"exp", exp, tiny, 1},
-      {"exp2", exp2, z, 1}, {"exp2", exp2, -z, 1}, {"exp2", exp2, inf, inf},
-      {"exp2", exp2, -inf, 0}, {"exp2", exp2, L::max(), inf}, {"exp2", exp2, L::lowest(), 0},
-      {"exp2", exp2, 10, 1024}, {"exp2", exp2, T(L::min_exponent - L::digits), tiny},
-      {"exp2_fast", fast, z, 1}, {"exp2_fast", fast, -z, 1}, {"exp2_fast", fast, inf, inf},
-      {"exp2_fast", fast, -inf, 0}, {"exp2_fast", fast, L::max(), inf},
-      {"exp2_fast", fast, L::lowest(), 0}, {"exp2_fast", fast, -3, T(0.125)},
-      {"exp2_fast", fast, T(L::min_exponent - L::digits), tiny},
-      {"expm1", expm1, z, z}, {"expm1", expm1, -z, -z}, {"expm1", expm1, inf, inf},
-      {"expm1", expm1, -inf, -1}, {"expm1", expm1, tiny, tiny}, {"expm1", expm1, -tiny, -tiny},
-      {"log1p", log1p, z, z}, {"log1p", log1p, -z, -z}, {"log1p", log1p, inf, inf},
-      {"log1p", log1p, -1, -inf}, {"log1p", log1p, T(-1.5), nan}, {"log1p", log1p, -inf, nan},
-      {"log1p", log1p, tiny, tiny}, {"log1p", log1p, -tiny, -tiny}, {"log1p", log1p, 1, ln2},
-      {"sigmoid", sigmoid, z, T(0.5)}, {"sigmoid", sigmoid, inf, 1}, {"sigmoid", sigmoid, -inf, 0},
-      {"sigmoid", sigmoid, L::max(), 1}, {"sigmoid", sigmoid, L::lowest(), 0},
-      {"tanh", tanh, z, z}, {"tanh", tanh, -z, -z}, {"tanh", tanh, inf, 1},
-      {"tanh", tanh, -inf, -1}, {"tanh", tanh, L::max(), 1}, {"tanh", tanh, tiny, tiny},
-      {"tanh", tanh, -tiny, -tiny}, {"tanh", tanh, L::min(), L::min()},
-      {"softplus", softplus, inf, inf},
-      {"softplus", softplus, -inf, 0}, {"softplus", softplus, L::max(), L::max()},
-      {"silu", silu, z, z}, {"silu", silu, -z, -z}, {"silu", silu, inf, inf},
-      {"silu", silu, -inf, -z}, {"silu", silu, L::max(), L::max()}, {"silu", silu, L::lowest(), -z},
-      {"sin", sin, z, z}, {"sin", sin, -z, -z}, {"sin", sin, inf, nan}, {"sin", sin, -inf, nan},
-      {"cos", cos, z, 1}, {"cos", cos, inf, nan}};
+  const std::vector<Row> rows = {{"exp", exp, z, 1},
+                                 {"exp", exp, -z, 1},
+                                 {"exp", exp, inf, inf},
+                                 {"exp", exp, -inf, 0},
+                                 {"exp", exp, L::max(), inf},
+                                 {"exp", exp, L::lowest(), 0},
+                                 {"exp", exp, tiny, 1},
+                                 {"exp2", exp2, z, 1},
+                                 {"exp2", exp2, -z, 1},
+                                 {"exp2", exp2, inf, inf},
+                                 {"exp2", exp2, -inf, 0},
+                                 {"exp2", exp2, L::max(), inf},
+                                 {"exp2", exp2, L::lowest(), 0},
+                                 {"exp2", exp2, 10, 1024},
+                                 {"exp2", exp2, T(L::min_exponent - L::digits), tiny},
+                                 {"exp2_fast", fast, z, 1},
+                                 {"exp2_fast", fast, -z, 1},
+                                 {"exp2_fast", fast, inf, inf},
+                                 {"exp2_fast", fast, -inf, 0},
+                                 {"exp2_fast", fast, L::max(), inf},
+                                 {"exp2_fast", fast, L::lowest(), 0},
+                                 {"exp2_fast", fast, -3, T(0.125)},
+                                 {"exp2_fast", fast, T(L::min_exponent - L::digits), tiny},
+                                 {"expm1", expm1, z, z},
+                                 {"expm1", expm1, -z, -z},
+                                 {"expm1", expm1, inf, inf},
+                                 {"expm1", expm1, -inf, -1},
+                                 {"expm1", expm1, tiny, tiny},
+                                 {"expm1", expm1, -tiny, -tiny},
+                                 {"log1p", log1p, z, z},
+                                 {"log1p", log1p, -z, -z},
+                                 {"log1p", log1p, inf, inf},
+                                 {"log1p", log1p, -1, -inf},
+                                 {"log1p", log1p, T(-1.5), nan},
+                                 {"log1p", log1p, -inf, nan},
+                                 {"log1p", log1p, tiny, tiny},
+                                 {"log1p", log1p, -tiny, -tiny},
+                                 {"log1p", log1p, 1, ln2},
+                                 {"sigmoid", sigmoid, z, T(0.5)},
+                                 {"sigmoid", sigmoid, inf, 1},
+                                 {"sigmoid", sigmoid, -inf, 0},
+                                 {"sigmoid", sigmoid, L::max(), 1},
+                                 {"sigmoid", sigmoid, L::lowest(), 0},
+                                 {"tanh", tanh, z, z},
+                                 {"tanh", tanh, -z, -z},
+                                 {"tanh", tanh, inf, 1},
+                                 {"tanh", tanh, -inf, -1},
+                                 {"tanh", tanh, L::max(), 1},
+                                 {"tanh", tanh, tiny, tiny},
+                                 {"tanh", tanh, -tiny, -tiny},
+                                 {"tanh", tanh, L::min(), L::min()},
+                                 {"softplus", softplus, inf, inf},
+                                 {"softplus", softplus, -inf, 0},
+                                 {"softplus", softplus, L::max(), L::max()},
+                                 {"silu", silu, z, z},
+                                 {"silu", silu, -z, -z},
+                                 {"silu", silu, inf, inf},
+                                 {"silu", silu, -inf, -z},
+                                 {"silu", silu, L::max(), L::max()},
+                                 {"silu", silu, L::lowest(), -z},
+                                 {"sin", sin, z, z},
+                                 {"sin", sin, -z, -z},
+                                 {"sin", sin, inf, nan},
+                                 {"sin", sin, -inf, nan},
+                                 {"cos", cos, z, 1},
+                                 {"cos", cos, inf, nan}};
   for (const Row& row : rows) {
     const T y = row.f(row.x);
     CHECK(same(y, row.y), "%s(%g) = %a, not %a", row.name, double(row.x), double(y), double(row.y));
@@ -308,10 +360,26 @@ void test_vec_of() {
   using L = std::numeric_limits<T>;
   constexpr int N = r::kLanes;
   std::mt19937_64 random(3);
-  const T special[] = {0, T(-0.0), 1, -1, L::infinity(), -L::infinity(), L::quiet_NaN(),
-                       L::denorm_min(), -L::denorm_min(), L::min(), L::max(), L::lowest(),
-                       T(0.5), T(1.5), T(2.5), T(-0.5), T(-2.5), T(1 / L::epsilon()),
-                       T(1 / L::epsilon() - 0.5), T(0.5) - L::epsilon() / 4};
+  const T special[] = {0,
+                       T(-0.0),
+                       1,
+                       -1,
+                       L::infinity(),
+                       -L::infinity(),
+                       L::quiet_NaN(),
+                       L::denorm_min(),
+                       -L::denorm_min(),
+                       L::min(),
+                       L::max(),
+                       L::lowest(),
+                       T(0.5),
+                       T(1.5),
+                       T(2.5),
+                       T(-0.5),
+                       T(-2.5),
+                       T(1 / L::epsilon()),
+                       T(1 / L::epsilon() - 0.5),
+                       T(0.5) - L::epsilon() / 4};
   const auto draw = [&]() -> T {
     if (random() % 4 == 0) return special[random() % std::size(special)];
     if (random() % 2) return bits<T>(Bits<T>(random()));
@@ -324,8 +392,8 @@ void test_vec_of() {
     const auto check = [&](const char* name, Vec<T> v, auto f) {
       v.store(y);
       for (int i = 0; i < N; ++i)
-        CHECK(same(y[i], T(f(i))), "%s(%a, %a, %a) = %a, not %a", name, double(a[i]),
-              double(b[i]), double(c[i]), double(y[i]), double(f(i)));
+        CHECK(same(y[i], T(f(i))), "%s(%a, %a, %a) = %a, not %a", name, double(a[i]), double(b[i]),
+              double(c[i]), double(y[i]), double(f(i)));
     };
     check("+", va + vb, [&](int i) { return a[i] + b[i]; });
     check("-", va - vb, [&](int i) { return a[i] - b[i]; });
@@ -439,14 +507,16 @@ void test_half_precision() {
       CHECK(same(y[i], widen(in[i], 10, 15)), "f16 %x", in[i]);
       // The instructions keep a payload and make it quiet; so must the portable code.
       if (y[i] != y[i])
-        CHECK(bits<uint32_t>(y[i]) == (uint32_t(in[i] & 0x8000) << 16 | 0x7fc00000 |
-                                       uint32_t(in[i] & 0x3ff) << 13), "f16 nan %x", in[i]);
+        CHECK(bits<uint32_t>(y[i]) ==
+                  (uint32_t(in[i] & 0x8000) << 16 | 0x7fc00000 | uint32_t(in[i] & 0x3ff) << 13),
+              "f16 nan %x", in[i]);
     }
   }
   // The largest finite float16, where rounding turns to infinity, and both sides of subnormal.
-  const float edges[r::kLanes] = {65504, 65519.996f, 65520, 65520.004f, 65536, kInf, 0x1p-14f,
-                                  0x1.ffcp-15f, 0x1.ffep-15f, 0x1.fffp-15f, 0x1p-24f, 0x1p-25f,
-                                  0x1.000002p-25f, 0x1.8p-24f, 0x1.4p-23f, 0x1p-149f};
+  const float edges[r::kLanes] = {65504,           65519.996f,   65520,      65520.004f,
+                                  65536,           kInf,         0x1p-14f,   0x1.ffcp-15f,
+                                  0x1.ffep-15f,    0x1.fffp-15f, 0x1p-24f,   0x1p-25f,
+                                  0x1.000002p-25f, 0x1.8p-24f,   0x1.4p-23f, 0x1p-149f};
   r::store_f16(out, Vec<float>::load(edges));
   for (int i = 0; i < r::kLanes; ++i)
     CHECK(out[i] == narrow(edges[i], 10, 15), "f16 of %a: %x", double(edges[i]), out[i]);

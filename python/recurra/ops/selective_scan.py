@@ -193,9 +193,7 @@ def _(
     h0=None,
     cu_seqlens=None,
 ):
-    return _fake_forward(
-        "selective_scan", u, delta, A, B, C, D, z, delta_bias, h0, cu_seqlens
-    )
+    return _fake_forward("selective_scan", u, delta, A, B, C, D, z, delta_bias, h0, cu_seqlens)
 
 
 @_register.fake("_selective_scan_save")
@@ -269,9 +267,7 @@ def _(
 
 
 @_register.fake("selective_scan_step")
-def _(
-    h, u, delta, A, B, C, D=None, z=None, delta_bias=None, *, delta_softplus=False, slots=None
-):
+def _(h, u, delta, A, B, C, D=None, z=None, delta_bias=None, *, delta_softplus=False, slots=None):
     op = "selective_scan_step"
     check(
         op,
