@@ -175,6 +175,29 @@ inline Tile<T> load_tile(const Plane& p, int64_t steps, int64_t channels, T* buf
   return {buffer, width};
 }
 
+// Rows of a plane as they are stored where channels are contiguous, whatever the dtype, and
+// otherwise as a tile of T: for kernels that read each number once and convert as they go.
+template <class T>
+struct StoredRows {
+  const char* data = nullptr;
+  DType dtype = kDType<T>;
+  int64_t stride = 0;  // bytes between rows
+
+  RECURRA_INLINE Vec<T> at(int64_t t, int64_t channel, int lanes) const {
+    return load_lanes<T>(data + t * stride + channel * item_size(dtype), dtype, lanes);
+  }
+};
+
+template <class T>
+inline StoredRows<T> stored_rows(const Plane& p, int64_t steps, int64_t channels, T* buffer,
+                                 int64_t width) {
+  if (!p) return {};
+  if (p.stride_c == 1) return {p.data, p.dtype, p.stride_t * item_size(p.dtype)};
+  const Tile<T> tile = load_tile<T>(p, steps, channels, buffer, width);
+  return {reinterpret_cast<const char*>(tile.data), kDType<T>,
+          tile.stride * static_cast<int64_t>(sizeof(T))};
+}
+
 // Writes rows to a plane; `stream` goes past the caches where the layout lets it.
 template <class T>
 inline void store_tile(const Plane& p, int64_t steps, int64_t channels, const T* rows,

@@ -10,13 +10,14 @@ namespace {
 template <class K, int Count, class T>
 RECURRA_INLINE void advance(int64_t steps, const T* dt, const T* dtu, T* y, const T* A,
                             int64_t apart, int64_t padded, const StateRows<T>& B,
-                            const StateRows<T>& C, int64_t n, T* h_rows) {
+                            const StateRows<T>& C, int64_t n, T* h_rows, int64_t h_apart,
+                            int64_t h_row) {
   using State = typename K::State;
   constexpr int64_t other = kScanChunk * kStates;
   State h[Count], a[Count];
 #pragma GCC unroll 8
   for (int i = 0; i < Count; ++i) {
-    h[i] = K::load(h_rows + i * padded, apart);
+    h[i] = K::load(h_rows + i * h_row, h_apart);
     a[i] = scaled(K::load(A + i * padded, apart), T(1.4426950408889634));
   }
   for (int64_t t = 0; t < steps; ++t) {
@@ -32,13 +33,13 @@ RECURRA_INLINE void advance(int64_t steps, const T* dt, const T* dtu, T* y, cons
     fma(sum, Vec<T>(K::weight), Vec<T>::load(y + t * kWidth)).store(y + t * kWidth);
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < Count; ++i) K::store(h_rows + i * padded, apart, h[i]);
+  for (int i = 0; i < Count; ++i) K::store(h_rows + i * h_row, h_apart, h[i]);
 }
 
 template <class K, class T>
 void run(const SelectiveScan& args) {
   // A complex state has a chain of its own that is long enough to fill the units.
-  constexpr int kTogether = K::parts == 1 ? 8 : 1;
+  constexpr int kTogether = K::parts == 1 ? kReadout : 1;
   const Spans& spans = args.spans;
   const int64_t states = args.states(), padded = spans.padded(), apart = states * padded;
   T* const lanes_A = static_cast<T*>(args.lanes_A);
@@ -52,7 +53,7 @@ void run(const SelectiveScan& args) {
     const int64_t slot = args.slots ? args.slots[n] : n, group = spans.group(span);
     const Sequence s = args.sequences[n];
     const Plane out = plane(args.y, s, false, c0);
-    SpanRows<T> u_rows, dt, z_rows, dtu, y;
+    SpanRows<T> u_rows, dt, dtu, y;
     if (slot < 0) {
       zero_rows(y.x, s.length(), whole(nc), kWidth);
       return store_tile<T>(out, s.length(), nc, y.x, kWidth, false);
@@ -64,9 +65,13 @@ void run(const SelectiveScan& args) {
     T bias[kWidth] __attribute__((aligned(64))), skip[kWidth] __attribute__((aligned(64)));
     load_channels(args.delta_bias, c0, nc, bias);
     load_channels(args.D, c0, nc, skip);
-    T* const h = static_cast<T*>(args.state) + n * K::parts * apart + lane0;
+    // Few states stay together on the stack; many have their rows in scratch.
+    T few[kStates * K::parts * kWidth] __attribute__((aligned(64)));
+    const bool together = !args.state;
+    const int64_t row = together ? kWidth : padded, parts_apart = states * row;
+    T* const h = together ? few : static_cast<T*>(args.state) + n * K::parts * apart + lane0;
     for (int i = 0; i < K::parts; ++i)
-      load_states<T>(state_plane(part(args.h0, i), slot, c0), states, nc, h + i * apart, padded);
+      load_states<T>(state_plane(part(args.h0, i), slot, c0), states, nc, h + i * parts_apart, row);
 
     for (int64_t t0 = 0; t0 < s.length(); t0 += kScanChunk) {
       const int64_t steps = s.length() - t0 < kScanChunk ? s.length() - t0 : kScanChunk;
@@ -77,15 +82,16 @@ void run(const SelectiveScan& args) {
                 args.chunk_row(n, t0 / kScanChunk) * K::parts * apart + lane0;
         for (int64_t i = 0; i < K::parts * states; ++i)
           for (int64_t c = 0; c < nc; c += kLanes)
-            Vec<T>::load(h + i * padded + c).store(to + i * padded + c);
+            Vec<T>::load(h + i * row + c).store(to + i * padded + c);
       }
-      const Tile<T> u = load_tile<T>(u_plane.at(t0, 0), steps, nc, u_rows.x, kWidth);
-      const Tile<T> delta = load_tile<T>(delta_plane.at(t0, 0), steps, nc, dt.x, kWidth);
+      const StoredRows<T> u = stored_rows<T>(u_plane.at(t0, 0), steps, nc, u_rows.x, kWidth);
+      const StoredRows<T> delta = stored_rows<T>(delta_plane.at(t0, 0), steps, nc, dt.x, kWidth);
       for (int64_t t = 0; t < steps; ++t)
         for (int64_t c = 0; c < nc; c += kLanes) {
-          Vec<T> d = Vec<T>::load(delta.row(t) + c) + Vec<T>::load(bias + c);
+          const int lanes = at_most_lanes(nc - c);
+          Vec<T> d = delta.at(t, c, lanes) + Vec<T>::load(bias + c);
           if (args.delta_softplus) d = softplus(d);
-          const Vec<T> x = Vec<T>::load(u.row(t) + c);
+          const Vec<T> x = u.at(t, c, lanes);
           d.store(dt.at(t, c));
           (d * x).store(dtu.at(t, c));
           (args.D ? x * Vec<T>::load(skip + c) : Vec<T>(T(0))).store(y.at(t, c));
@@ -103,9 +109,9 @@ void run(const SelectiveScan& args) {
           }
           int64_t i = 0;
           const auto some = [&]<int Count>(Index<Count>) __attribute__((always_inline)) {
-            const int64_t row = (n0 + i) * padded + c;
-            advance<K, Count>(steps, dt.at(0, c), dtu.at(0, c), y.at(0, c), lanes_A + row + lane0,
-                              apart, padded, B, C, i, h + row);
+            advance<K, Count>(steps, dt.at(0, c), dtu.at(0, c), y.at(0, c),
+                              lanes_A + lane0 + (n0 + i) * padded + c, apart, padded, B, C, i,
+                              h + (n0 + i) * row + c, parts_apart, row);
             i += Count;
           };
           while (count - i >= kTogether) some(Index<kTogether>());
@@ -113,25 +119,20 @@ void run(const SelectiveScan& args) {
         }
       }
       if (args.z) {
-        const Tile<T> z = load_tile<T>(z_plane.at(t0, 0), steps, nc, z_rows.x, kWidth);
+        const StoredRows<T> z = stored_rows<T>(z_plane.at(t0, 0), steps, nc, u_rows.x, kWidth);
         for (int64_t t = 0; t < steps; ++t)
           for (int64_t c = 0; c < nc; c += kLanes)
-            (Vec<T>::load(y.at(t, c)) * silu(Vec<T>::load(z.row(t) + c))).store(y.at(t, c));
+            (Vec<T>::load(y.at(t, c)) * silu(z.at(t, c, at_most_lanes(nc - c)))).store(y.at(t, c));
       }
       store_tile<T>(out.at(t0, 0), steps, nc, y.x, kWidth, stream);
     }
     for (int i = 0; i < K::parts; ++i)
-      store_tile<T>(state_plane(part(args.h_last, i), slot, c0), states, nc, h + i * apart, padded,
-                    false);
+      store_tile<T>(state_plane(part(args.h_last, i), slot, c0), states, nc, h + i * parts_apart,
+                    row, false);
     if (stream) fence();
   };
 
-  const int64_t tasks = args.sequences.count * spans.count();
-  // Threads cost more than they save below some tens of thousands of state updates.
-  if (args.u.size[0] * args.u.size[1] * args.u.size[2] * states < 1 << 15)
-    for (int64_t i = 0; i < tasks; ++i) task(i);
-  else
-    parallel(tasks, task);
+  run_tasks(args, task);
 }
 
 }  // namespace

@@ -8,7 +8,10 @@
 namespace recurra::RECURRA_ISA {
 
 constexpr int64_t kWidth = Spans::kSpanBlocks * kLanes;  // channels of a span
-constexpr int64_t kStates = 16;                          // states whose B and C are held at a time
+constexpr int64_t kStates = kFewStates;                  // states whose B and C are held at a time
+
+// Real states whose products with C are summed before they join y; what is left over joins singly.
+constexpr int kReadout = 8;
 
 // Rows of a span: (kScanChunk, kWidth).
 template <class T>
@@ -135,6 +138,17 @@ void load_channels(const View<1>& v, int64_t channel, int64_t channels, T* row) 
   const Tile<T> tile = load_tile<T>(p, 1, channels, row, kWidth);
   if (tile.data != row)
     for (int64_t c = 0; c < channels; ++c) row[c] = tile.data[c];
+}
+
+// task(i) for every sequence and span.
+template <class F>
+void run_tasks(const SelectiveScan& args, const F& task) {
+  const int64_t tasks = args.sequences.count * args.spans.count();
+  // Threads cost more than they save below some tens of thousands of state updates.
+  if (args.u.size[0] * args.u.size[1] * args.u.size[2] * args.states() < 1 << 15)
+    for (int64_t i = 0; i < tasks; ++i) task(i);
+  else
+    parallel(tasks, task);
 }
 
 // Brings the lines of a tile closer while others are worked on.

@@ -23,6 +23,9 @@ namespace recurra {
 // Steps between two saved states; a task holds this many at a time.
 constexpr int64_t kScanChunk = 32;
 
+// States that a task keeps on its stack.
+constexpr int64_t kFewStates = 16;
+
 // Channels in the order in which kernels hold them: group by group, each padded to whole vectors,
 // in spans of at most kSpanBlocks vectors that do not cross a group.
 struct Spans {
@@ -84,7 +87,7 @@ struct SelectiveScan : SelectiveScanInputs {
   View<3> h0, h_last;       // (S, D, N)
   View<3> y;                // (B, T, D)
   void* lanes_A = nullptr;  // (rows, padded)
-  void* state = nullptr;    // (S, rows, padded)
+  void* state = nullptr;    // (S, rows, padded); null where there are at most kFewStates
   void* saved = nullptr;    // (chunk_rows, rows, padded), the state before each chunk, or null
   const int64_t* slots = nullptr;  // state of each sequence; negative: skip and return zeros
 };
@@ -108,4 +111,6 @@ struct SelectiveScanBackward : SelectiveScanInputs {
 }  // namespace recurra
 
 RECURRA_KERNEL(selective_scan, SelectiveScan)
+// Sequences of one step with h0 and h_last the same view.
+RECURRA_KERNEL(selective_scan_step, SelectiveScan)
 RECURRA_KERNEL(selective_scan_backward, SelectiveScanBackward)

@@ -137,12 +137,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, bool save, const Tens
   Tensor h_last = empty(u, {count, u.size(2), A.size(1)}, lane_state_dtype(u, A));
   Tensor saved = empty(u, {save ? args.chunk_rows() : 0, args.rows(), padded}, compute_dtype(u));
   Tensor lanes_A = empty(u, {args.rows(), padded}, compute_dtype(u));
-  Tensor state = empty(u, {count, args.rows(), padded}, compute_dtype(u));
+  const int64_t scratch = args.states() <= kFewStates ? 0 : count;
+  Tensor state = empty(u, {scratch, args.rows(), padded}, compute_dtype(u));
   args.y = view<3>(y);
   args.h_last = view<3>(h_last);
   args.saved = save ? saved.data_ptr() : nullptr;
   args.lanes_A = lanes_A.data_ptr();
-  args.state = state.data_ptr();
+  args.state = scratch ? state.data_ptr() : nullptr;
   selective_scan(args);
   return {y, h_last, saved};
 }
@@ -272,12 +273,14 @@ Tensor selective_scan_step_cpu(Tensor h, Tensor u, Tensor delta, Tensor A, Tenso
   args.complex = is_complex(dtype_of(A));
   args.h0 = args.h_last = view<3>(h);
   Tensor y = empty_like(u);
-  Tensor scratch = empty(u, {1 + u.size(0), args.rows(), args.spans.padded()}, compute_dtype(u));
+  const int64_t rows = args.rows(), padded = args.spans.padded();
+  const int64_t scratch = args.states() <= kFewStates ? 0 : u.size(0);
+  Tensor lanes_A = empty(u, {rows, padded}, compute_dtype(u));
+  Tensor state = empty(u, {scratch, rows, padded}, compute_dtype(u));
   args.y = one_step(view<2>(y));
-  args.lanes_A = scratch.data_ptr();
-  args.state = static_cast<char*>(scratch.data_ptr()) +
-               args.rows() * args.spans.padded() * item_size(compute_dtype(u));
-  selective_scan(args);
+  args.lanes_A = lanes_A.data_ptr();
+  args.state = scratch ? state.data_ptr() : nullptr;
+  selective_scan_step(args);
   return y;
 }
 
