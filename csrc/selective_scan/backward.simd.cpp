@@ -222,6 +222,10 @@ void finish_BC(const SelectiveScanBackward& args, const View<4>& out, const T* s
           Vec<T> total = Vec<T>::load(from, lanes);
           for (int64_t span = 1; span < per_group; ++span)
             total = total + Vec<T>::load(from + span * steps * rows, lanes);
+          if (!args.complex && out.step(3) == 1) {
+            store_lanes<T>(out.at(step / time, step % time, g, n0), out.dtype, total, lanes);
+            continue;
+          }
           T values[kLanes];
           total.store(values);
           for (int i = 0; i < lanes; ++i) {
@@ -241,6 +245,7 @@ void run(const SelectiveScanBackward& args) {
   const int64_t rows = K::parts * states, time = args.u.size[1], total = args.u.size[0] * time;
   T* const lanes_A = static_cast<T*>(args.lanes_A);
   load_A<T>(args, lanes_A);
+  const bool stream = total * args.u.size[2] * item_size(args.u.dtype) >= kStreamFrom;
   T* const sum_BC[] = {static_cast<T*>(args.sum_BC),
                        static_cast<T*>(args.sum_BC) + spans.count() * total * rows};
 
@@ -290,6 +295,11 @@ void run(const SelectiveScanBackward& args) {
                 for (int part = 0; part < K::parts; ++part)
                   zero_rows(sums.x[which][j][part][0], steps, kLanes, kLanes);
             for (int64_t c = 0; c < nc; c += kLanes) {
+              if (n0 + i == 0 && k > 0)
+                for (const View<3>* v : {&args.u, &args.delta, &args.z, &args.dy})
+                  if (*v)
+                    prefetch_tile(plane(*v, s, false, c0).at(t0 - kScanChunk, c), kScanChunk,
+                                  at_most_lanes(nc - c));
               const int64_t row = (n0 + i) * padded + c;
               recompute<K, Count>(steps, chunk.dt.at(0, c), chunk.dtu.at(0, c), chunk.y.at(0, c),
                                   lanes_A + lane0 + row, apart, padded, B, C, i, before + row,
@@ -317,7 +327,7 @@ void run(const SelectiveScanBackward& args) {
         }
         conclude(args, chunk, steps, nc, u, delta, z, dy, bias, skip, dD, dD + padded);
         const auto store = [&](const View<3>& v, const SpanRows<T>& from) {
-          store_tile<T>(plane(v, s, false, c0).at(t0, 0), steps, nc, from.x, kWidth, false);
+          store_tile<T>(plane(v, s, false, c0).at(t0, 0), steps, nc, from.x, kWidth, stream);
         };
         store(args.du, chunk.p);
         store(args.ddelta, chunk.q);
@@ -327,6 +337,7 @@ void run(const SelectiveScanBackward& args) {
         store_tile<T>(state_plane(part(args.dh0, i), n, c0), states, nc, carry + i * apart, padded,
                       false);
     }
+    if (stream) fence();
   });
   finish_channels<T>(args);
   finish_BC<T>(args, args.dB, sum_BC[0]);

@@ -45,7 +45,7 @@ void run(const SelectiveScan& args) {
   T* const lanes_A = static_cast<T*>(args.lanes_A);
   load_A<T>(args, lanes_A);
   const int64_t bytes = args.y.size[0] * args.y.size[1] * args.y.size[2] * item_size(args.y.dtype);
-  const bool stream = bytes >= (8 << 20);
+  const bool stream = bytes >= kStreamFrom;
 
   const auto task = [&](int64_t index) {
     const int64_t n = index / spans.count(), span = index % spans.count();

@@ -10,6 +10,8 @@ namespace recurra::RECURRA_ISA {
 constexpr int64_t kWidth = Spans::kSpanBlocks * kLanes;  // channels of a span
 constexpr int64_t kStates = kFewStates;                  // states whose B and C are held at a time
 
+constexpr int64_t kStreamFrom = 8 << 20;  // bytes of output that no cache should hold
+
 // Real states whose products with C are summed before they join y; what is left over joins singly.
 constexpr int kReadout = 8;
 
