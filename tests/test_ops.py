@@ -34,8 +34,11 @@ TIER = "nightly" if NIGHTLY else "quick"
 @every_op
 @every_dtype
 def test_within_the_derived_bound(op, dtype):
-    for args in op.samples(dtype, TIER):
-        assert_right(op, args)
+    # 16-bit storage changes loads and stores alone: half of the shapes each.
+    half = {torch.bfloat16: 0, torch.float16: 1}.get(dtype)
+    for i, args in enumerate(op.samples(dtype, TIER)):
+        if half in (None, (i + i // 20) % 2) or NIGHTLY:
+            assert_right(op, args)
 
 
 def _float64_function(op, args):
