@@ -4,9 +4,13 @@
 
 namespace recurra {
 
+// Inlined wherever it is called: a copy of these functions that was compiled for one instruction
+// set must never serve another.
+#define RECURRA_EVERYWHERE inline __attribute__((always_inline))
+
 enum class DType : int32_t { f32, f64, bf16, f16, c64, c128, i32, i64 };
 
-constexpr int64_t item_size(DType d) {
+constexpr RECURRA_EVERYWHERE int64_t item_size(DType d) {
   switch (d) {
     case DType::bf16:
     case DType::f16: return 2;
@@ -20,10 +24,14 @@ constexpr int64_t item_size(DType d) {
   return 0;
 }
 
-constexpr bool is_complex(DType d) { return d == DType::c64 || d == DType::c128; }
+constexpr RECURRA_EVERYWHERE bool is_complex(DType d) {
+  return d == DType::c64 || d == DType::c128;
+}
 
 // Arithmetic is in float except where the storage is double.
-constexpr bool computes_in_double(DType d) { return d == DType::f64 || d == DType::c128; }
+constexpr RECURRA_EVERYWHERE bool computes_in_double(DType d) {
+  return d == DType::f64 || d == DType::c128;
+}
 
 // An N-dimensional array. Strides count elements, may be zero or negative; a null pointer means
 // that an optional argument is absent.
@@ -34,24 +42,24 @@ struct View {
   int64_t size[N] = {};
   int64_t stride[N] = {};
 
-  explicit operator bool() const { return data != nullptr; }
+  RECURRA_EVERYWHERE explicit operator bool() const { return data != nullptr; }
 
   // The address of an element; a size-1 dimension broadcasts because its stride is taken as 0.
   template <class... I>
-  char* at(I... index) const {
+  RECURRA_EVERYWHERE char* at(I... index) const {
     static_assert(sizeof...(I) == N);
     const int64_t i[N] = {static_cast<int64_t>(index)...};
     int64_t offset = 0;
     for (int n = 0; n < N; ++n) offset += i[n] * step(n);
     return static_cast<char*>(data) + offset * item_size(dtype);
   }
-  int64_t step(int n) const { return size[n] == 1 ? 0 : stride[n]; }
+  RECURRA_EVERYWHERE int64_t step(int n) const { return size[n] == 1 ? 0 : stride[n]; }
 };
 
 // One run of consecutive time steps with a state of its own.
 struct Sequence {
   int64_t batch, begin, end;
-  int64_t length() const { return end - begin; }
+  RECURRA_EVERYWHERE int64_t length() const { return end - begin; }
 };
 
 // The sequences of a (B, T, ...) tensor: one per batch row, or, when offsets is not null, `count`
@@ -61,7 +69,7 @@ struct Sequences {
   int64_t time = 0;
   const int64_t* offsets = nullptr;
 
-  Sequence operator[](int64_t n) const {
+  RECURRA_EVERYWHERE Sequence operator[](int64_t n) const {
     if (offsets) return {0, offsets[n], offsets[n + 1]};
     return {n, 0, time};
   }

@@ -7,6 +7,7 @@
 //   db_t = g_t,  da_t = g_t h_{t-1},  dh_0 = a_1 g_1
 // and, where the gate came as a logarithm, da_t = g_t a_t h_{t-1}.
 #pragma once
+#include "cuda/stream.h"
 #include "simd/isa.h"
 #include "view.h"
 
@@ -32,7 +33,7 @@ struct LinearScanBackward {
 };
 
 struct LinearScanStep {
-  View<2> h, a, b, out;     // h (slots, D); a, b, out (B, D)
+  View<2> h, a, b, out;            // h (slots, D); a, b, out (B, D)
   const int64_t* slots = nullptr;  // state of each row; negative: skip and return zeros
   bool log_a = false;
 };
@@ -42,3 +43,9 @@ struct LinearScanStep {
 RECURRA_KERNEL(linear_scan, LinearScan)
 RECURRA_KERNEL(linear_scan_backward, LinearScanBackward)
 RECURRA_KERNEL(linear_scan_step, LinearScanStep)
+
+namespace recurra::cuda {
+// On the device: the sequences have no offsets, these are in cu_seqlens there, a null view for
+// none.
+void linear_scan(const LinearScan& args, const View<1>& cu_seqlens, const Stream& stream);
+}  // namespace recurra::cuda

@@ -1,6 +1,8 @@
-// A task is one sequence by a block of channels and walks along time in tiles, row by row, so that
-// memory is read and written as it lies. 12 bytes per float32 element forward and 20 backward:
-// the memory is the limit, so large outputs are written past the caches.
+// A task is one sequence by a block of channels and walks along time, row by row, so that memory is
+// read and written as it lies. 12 bytes per float32 element forward and 20 backward: the memory is
+// the limit, so rows are as long as they are in memory where that leaves enough tasks, what lies
+// row by row is not copied, and large outputs are written past the caches. Other layouts and
+// broadcast gates go through tiles. Neither the width nor the tile changes a bit.
 #include "linear_scan/linear_scan.h"
 
 #include "math/functions.h"
@@ -9,9 +11,11 @@
 namespace recurra::RECURRA_ISA {
 namespace {
 
-constexpr int64_t kTile = 4096;          // elements of a tile
-constexpr int64_t kGroup = 16;           // steps that are summed before they join a gradient
-constexpr int64_t kStreamFrom = 8 << 20; // bytes of output that no cache is asked to hold
+constexpr int64_t kTile = 4096;           // elements of a tile
+constexpr int64_t kWidest = 1024;         // channels of a row
+constexpr int64_t kAhead = 16;            // rows by which parts of rows are prefetched
+constexpr int64_t kGroup = 16;            // steps that are summed before they join a gradient
+constexpr int64_t kStreamFrom = 8 << 20;  // bytes of output that no cache is asked to hold
 
 template <class T>
 using Buffer = T __attribute__((aligned(64)))[kTile];
@@ -20,13 +24,17 @@ struct Cut {
   int64_t width, steps, blocks;
 };
 
-// Wide rows where channels are contiguous, tall tiles where time is; enough blocks to share out.
-Cut cut(const View<3>& lead, int64_t sequences) {
+bool by_row(const View<3>& v) { return v.step(2) == 1 || v.size[2] == 1; }
+
+// Rows that need no tile may be long: every stream then is one that the machine sees coming.
+// Otherwise wide tiles where channels are contiguous, tall ones where time is. Some eight tasks
+// saturate the memory.
+Cut cut(const View<3>& lead, int64_t sequences, bool tiled) {
   const bool time_first = lead.step(2) != 1 && (lead.step(1) == 1 || lead.step(1) == -1);
-  int64_t width = time_first ? 32 : 256;
+  int64_t width = !tiled ? kWidest : time_first ? 64 : 256;
   const int64_t channels = lead.size[2];
   const auto blocks = [&] { return (channels + width - 1) / width; };
-  while (width > (time_first ? 16 : 64) && sequences * blocks() < 16) width /= 2;
+  while (width > (time_first ? 16 : 64) && sequences * blocks() < 8) width /= 2;
   return {width, kTile / width, blocks()};
 }
 
@@ -57,10 +65,82 @@ Tile<T> load_gate(const Plane& p, bool log_a, int64_t steps, int64_t channels, T
   return {buffer, width};
 }
 
+// Sixteen stored numbers of a dtype that is known.
+template <class T, DType S>
+RECURRA_INLINE Vec<T> load_stored(const char* p) {
+  if constexpr (S == kDType<T>)
+    return Vec<T>::load(reinterpret_cast<const T*>(p));
+  else if constexpr (S == DType::bf16)
+    return load_bf16(reinterpret_cast<const uint16_t*>(p));
+  else
+    return load_f16(reinterpret_cast<const uint16_t*>(p));
+}
+template <class T, DType S>
+RECURRA_INLINE void store_stored(char* p, Vec<T> v, bool past) {
+  if constexpr (S == kDType<T>) {
+    T* to = reinterpret_cast<T*>(p);
+    past ? v.stream(to) : v.store(to);
+  } else if constexpr (S == DType::bf16) {
+    store_bf16(reinterpret_cast<uint16_t*>(p), v);
+  } else {
+    store_f16(reinterpret_cast<uint16_t*>(p), v);
+  }
+}
+
+// f(Index<dtype>) for the dtypes whose arithmetic is in T.
+template <class T, class F>
+RECURRA_INLINE void for_storage(DType dtype, F f) {
+  if (dtype == kDType<T>) return f(Index<static_cast<int>(kDType<T>)>{});
+  if constexpr (sizeof(T) == 4) {
+    if (dtype == DType::bf16) return f(Index<static_cast<int>(DType::bf16)>{});
+    return f(Index<static_cast<int>(DType::f16)>{});
+  }
+}
+
+// Whether rows may be written past the caches, where each must start on a cache line.
+template <class T>
+bool may_stream(const Plane& p) {
+  return p.dtype == kDType<T> && (reinterpret_cast<uintptr_t>(p.data) |
+                                  static_cast<uintptr_t>(p.stride_t * item_size(p.dtype))) %
+                                         64 ==
+                                     0;
+}
+
+RECURRA_INLINE void prefetch_row(const Plane& p, int64_t t, int64_t channels) {
+  const char* row = p.at(t, 0).data;
+  for (int64_t at = 0; at < channels * item_size(p.dtype); at += 64) prefetch_early(row + at);
+}
+
+// h and the state, where every tensor lies row by row.
+template <class T, DType S>
+void forward_rows(const Plane& a, const Plane& b, const Plane& h, bool log_a, int64_t steps,
+                  int64_t channels, bool whole, bool stream, T* state) {
+  constexpr int64_t item = item_size(S);
+  const bool past = stream && may_stream<T>(h);
+  for (int64_t t = 0; t < steps; ++t) {
+    if (!whole && t + kAhead < steps) {
+      prefetch_row(a, t + kAhead, channels);
+      prefetch_row(b, t + kAhead, channels);
+    }
+    const char* gates = a.data + t * a.stride_t * item;
+    const char* inputs = b.data + t * b.stride_t * item;
+    char* to = h.data + t * h.stride_t * item;
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      Vec<T> gate = load_stored<T, S>(gates + c * item);
+      if (log_a) gate = exp(gate);
+      const Vec<T> v = fma(gate, Vec<T>::load(state + c), load_stored<T, S>(inputs + c * item));
+      v.store(state + c);
+      store_stored<T, S>(to + c * item, v, past);
+    }
+  }
+}
+
 template <class T>
 void forward(const LinearScan& args) {
   const int64_t channels = args.b.size[2];
-  const Cut shape = cut(args.b, args.sequences.count);
+  const bool tiled = !(by_row(args.a) && by_row(args.b) && by_row(args.h)) ||
+                     args.a.size[2] != channels || channels % kLanes != 0;
+  const Cut shape = cut(args.b, args.sequences.count, tiled);
   const bool stream = streams(args.h);
   parallel(args.sequences.count * shape.blocks, [&](int64_t task) {
     const int64_t n = task / shape.blocks, c0 = task % shape.blocks * shape.width;
@@ -69,9 +149,14 @@ void forward(const LinearScan& args) {
     const Plane a = plane(args.a, s, args.reverse, c0), b = plane(args.b, s, args.reverse, c0),
                 h = plane(args.h, s, args.reverse, c0);
     Buffer<T> buffer_a, buffer_b, out;
-    T state[256] __attribute__((aligned(64)));
+    T state[kWidest] __attribute__((aligned(64)));
     load_row<T>(plane(args.h0, n, c0), nc, state, shape.width);
-    for (int64_t t0 = 0; t0 < s.length(); t0 += shape.steps) {
+    if (!tiled)
+      for_storage<T>(b.dtype, [&](auto dtype) RECURRA_LAMBDA {
+        forward_rows<T, DType(dtype.value)>(a, b, h, args.log_a, s.length(), nc, nc == channels,
+                                            stream, state);
+      });
+    for (int64_t t0 = tiled ? 0 : s.length(); t0 < s.length(); t0 += shape.steps) {
       const int64_t steps = s.length() - t0 < shape.steps ? s.length() - t0 : shape.steps;
       const Tile<T> ta = load_gate<T>(a.at(t0, 0), args.log_a, steps, nc, buffer_a, shape.width);
       const Tile<T> tb = load_tile<T>(b.at(t0, 0), steps, nc, buffer_b, shape.width);
@@ -119,7 +204,8 @@ void accumulate(const View<3>& a, const Plane& to, int64_t steps, int64_t channe
 // da = the partial sums, over the blocks of sixteen channels in order where D was broadcast.
 template <class T>
 void finish(const View<3>& partial, const View<3>& da) {
-  const int64_t rows = da.size[0] * da.size[1], blocks = partial.size[2] / da.size[2];
+  const int64_t rows = da.size[2] ? da.size[0] * da.size[1] : 0;
+  const int64_t blocks = rows ? partial.size[2] / da.size[2] : 0;
   parallel((rows + 255) / 256, [&](int64_t task) {
     for (int64_t row = task * 256; row < rows && row < task * 256 + 256; ++row) {
       const int64_t b = row / da.size[1], t = row % da.size[1];
@@ -137,12 +223,46 @@ void finish(const View<3>& partial, const View<3>& da) {
   });
 }
 
+// da, db and the carried gradient, where every tensor lies row by row; `first` is h0.
+template <class T, DType S>
+void backward_rows(const Plane& a, const Plane& h, const Plane& dh, const Plane& da,
+                   const Plane& db, bool log_a, int64_t steps, int64_t channels, bool stream,
+                   const T* first, T* carry) {
+  constexpr int64_t item = item_size(S);
+  const bool past = stream && may_stream<T>(da) && may_stream<T>(db);
+  for (int64_t t = 0; t < steps; ++t) {
+    if (t + kAhead + 1 < steps) {
+      prefetch_row(a, t + kAhead, channels);
+      prefetch_row(h, t + kAhead + 1, channels);
+      if (dh) prefetch_row(dh, t + kAhead, channels);
+    }
+    const bool last = t == steps - 1;
+    const char* gates = a.data + t * a.stride_t * item;
+    const char* before = h.data + (t + 1) * h.stride_t * item;
+    const char* from = dh.data + t * dh.stride_t * item;
+    char* to_a = da.data + t * da.stride_t * item;
+    char* to_b = db.data + t * db.stride_t * item;
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      Vec<T> g = Vec<T>::load(carry + c), gate = load_stored<T, S>(gates + c * item);
+      if (dh) g = load_stored<T, S>(from + c * item) + g;
+      if (log_a) gate = exp(gate);
+      const Vec<T> ag = gate * g;
+      const Vec<T> state = last ? Vec<T>::load(first + c) : load_stored<T, S>(before + c * item);
+      ag.store(carry + c);
+      store_stored<T, S>(to_b + c * item, g, past);
+      store_stored<T, S>(to_a + c * item, (log_a ? ag : g) * state, past);
+    }
+  }
+}
+
 template <class T>
 void backward(const LinearScanBackward& args) {
   const int64_t channels = args.h.size[2];
-  const Cut shape = cut(args.h, args.sequences.count);
-  const bool stream = streams(args.db);
   const bool reduced = static_cast<bool>(args.partial);
+  const bool tiled = reduced || channels % kLanes != 0 || !by_row(args.a) || !by_row(args.h) ||
+                     !by_row(args.da) || !by_row(args.db) || (args.dh && !by_row(args.dh));
+  const Cut shape = cut(args.h, args.sequences.count, tiled);
+  const bool stream = streams(args.db);
   // Sequences that add into the same sums are walked by one task, in order.
   const bool shared = reduced && args.sequences.count > 1 &&
                       (args.sequences.offsets ? args.a.size[1] == 1 : args.a.size[0] == 1);
@@ -153,7 +273,7 @@ void backward(const LinearScanBackward& args) {
     const int64_t c0 = task % shape.blocks * shape.width;
     const int64_t nc = channels - c0 < shape.width ? channels - c0 : shape.width;
     Buffer<T> buffer_a, buffer_h, buffer_d, out_a, out_b;
-    T carry[256] __attribute__((aligned(64))), first[256] __attribute__((aligned(64)));
+    T carry[kWidest] __attribute__((aligned(64))), first[kWidest] __attribute__((aligned(64)));
     for (int64_t n = task / shape.blocks * owned, end = n + owned; n < end; ++n) {
       const Sequence s = args.sequences[n];
       const Plane a = plane(args.a, s, back, c0), h = plane(args.h, s, back, c0),
@@ -167,7 +287,12 @@ void backward(const LinearScanBackward& args) {
       }
       load_row<T>(plane(args.dh_last, n, c0), nc, carry, shape.width);
       load_row<T>(plane(args.h0, n, c0), nc, first, shape.width);
-      for (int64_t t0 = 0; t0 < s.length(); t0 += shape.steps) {
+      if (!tiled)
+        for_storage<T>(h.dtype, [&](auto dtype) RECURRA_LAMBDA {
+          backward_rows<T, DType(dtype.value)>(a, h, dh, da, db, args.log_a, s.length(), nc, stream,
+                                               first, carry);
+        });
+      for (int64_t t0 = tiled ? 0 : s.length(); t0 < s.length(); t0 += shape.steps) {
         const int64_t steps = s.length() - t0 < shape.steps ? s.length() - t0 : shape.steps;
         const bool last = t0 + steps == s.length();
         const Tile<T> ta = load_gate<T>(a.at(t0, 0), args.log_a, steps, nc, buffer_a, shape.width);
@@ -189,8 +314,8 @@ void backward(const LinearScanBackward& args) {
         }
         store_tile<T>(db.at(t0, 0), steps, nc, out_b, shape.width, stream);
         if (reduced)
-          accumulate<T>(args.a, sums.at(args.a.size[1] == 1 ? 0 : t0, 0), steps, nc,
-                        out_a, shape.width);
+          accumulate<T>(args.a, sums.at(args.a.size[1] == 1 ? 0 : t0, 0), steps, nc, out_a,
+                        shape.width);
         else
           store_tile<T>(da.at(t0, 0), steps, nc, out_a, shape.width, stream);
       }

@@ -221,10 +221,9 @@ template <class M, class A, class B>
   requires AnyDual<A, B>
 RECURRA_FN auto select(M m, const A& a, const B& b) {
   using V = typename Meet<A, B>::Value;
-  return make_dual<A, B>(
-      select(m, value_of<V>(a), value_of<V>(b)), [&](auto k) RECURRA_LAMBDA {
-        return select(m, tangent_or_zero<k.value, V>(a), tangent_or_zero<k.value, V>(b));
-      });
+  return make_dual<A, B>(select(m, value_of<V>(a), value_of<V>(b)), [&](auto k) RECURRA_LAMBDA {
+    return select(m, tangent_or_zero<k.value, V>(a), tangent_or_zero<k.value, V>(b));
+  });
 }
 template <class A, class B>
   requires AnyDual<A, B>
@@ -262,8 +261,8 @@ RECURRA_FN auto max(const A& a, const B& b) {
   return select(a > b, a, b);
 }
 
-#define RECURRA_DUAL                         \
-  template <class V, int K, unsigned M>      \
+#define RECURRA_DUAL                    \
+  template <class V, int K, unsigned M> \
   RECURRA_FN Dual<V, K, M>
 
 RECURRA_DUAL abs(const Dual<V, K, M>& x) {

@@ -5,9 +5,12 @@
 #if defined(__CUDACC__)
 #define RECURRA_FN __host__ __device__ __forceinline__
 #define RECURRA_LAMBDA
-#else
+#elif defined(__AVX2__)
 #define RECURRA_FN inline __attribute__((always_inline))
 #define RECURRA_LAMBDA __attribute__((always_inline))
+#else
+#define RECURRA_FN inline
+#define RECURRA_LAMBDA
 #endif
 
 #ifndef RECURRA_ISA

@@ -45,6 +45,8 @@ Isa isa() {
   return Isa(value);
 }
 
+Isa best_isa() { return detect(); }
+
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
 void cap_isa(const char* name) {

@@ -7,6 +7,8 @@ enum class Isa : int { scalar, avx2, avx512 };
 
 // The best instruction set of this machine, capped by RECURRA_ISA (scalar, avx2 or avx512).
 Isa isa();
+// The best one, whatever the cap.
+Isa best_isa();
 const char* isa_name(Isa isa);
 
 // Caps the choice from now on, as RECURRA_ISA does at the start; throws on an unknown name.
@@ -16,6 +18,7 @@ void cap_isa(const char* name);
 
 // Declares NAME(const ARGS&) in each instruction set's namespace, and recurra::NAME, which calls
 // the chosen one. A kernel file defines NAME in recurra::RECURRA_ISA and is compiled once per set.
+// clang-format off
 #if defined(__x86_64__)
 #define RECURRA_KERNEL(NAME, ARGS)                      \
   namespace recurra {                                   \
@@ -37,3 +40,4 @@ void cap_isa(const char* name);
   inline void NAME(const ARGS& args) { scalar::NAME(args); } \
   }
 #endif
+// clang-format on

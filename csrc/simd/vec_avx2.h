@@ -6,7 +6,11 @@ namespace recurra::RECURRA_ISA {
 
 RECURRA_INLINE void fence() { _mm_sfence(); }
 RECURRA_INLINE void prefetch(const void* p) {
-  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+}
+// Into the second cache, for what is needed later than the first could keep it.
+RECURRA_INLINE void prefetch_early(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
 }
 
 template <>

@@ -1,12 +1,21 @@
 // AVX-512 F, BW, VL and DQ: one register of sixteen floats, or two of eight doubles.
 #pragma once
+// GCC 12 takes the undefined operand of its own unmasked intrinsics for a mistake of ours.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 
 namespace recurra::RECURRA_ISA {
 
 RECURRA_INLINE void fence() { _mm_sfence(); }
 RECURRA_INLINE void prefetch(const void* p) {
-  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
+}
+// Into the second cache, for what is needed later than the first could keep it.
+RECURRA_INLINE void prefetch_early(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
 }
 
 template <class T>
@@ -71,8 +80,7 @@ struct Reg<float> {
     const __m512i rounded =
         _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const M nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const __m512i out =
-        _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x00400000));
+    const __m512i out = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x00400000));
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16)));
   }
   static RECURRA_INLINE V load_f16(const uint16_t* p) {

@@ -7,6 +7,7 @@ namespace recurra::RECURRA_ISA {
 
 RECURRA_INLINE void fence() {}
 RECURRA_INLINE void prefetch(const void*) {}
+RECURRA_INLINE void prefetch_early(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 template <class To, class From>
 RECURRA_INLINE To bits(From from) {

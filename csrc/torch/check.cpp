@@ -74,7 +74,8 @@ std::vector<Rule> parse(const std::string& text) {
     Rule rule;
     const auto colon = word.find(':'), open = word.find('(');
     rule.name = word.substr(0, colon);
-    rule.kind = word.substr(colon + 1, (open == std::string::npos ? word.size() : open) - colon - 1);
+    rule.kind =
+        word.substr(colon + 1, (open == std::string::npos ? word.size() : open) - colon - 1);
     if (rule.kind.back() == '?') rule.optional = true, rule.kind.pop_back();
     if (rule.kind.back() == '*') rule.complex = true, rule.kind.pop_back();
     if (open != std::string::npos) {
@@ -164,7 +165,8 @@ void check_dtype(const char* op, const Rule& rule, const Tensor& t, const Rule& 
     return;
   }
   if (&t == &leader) {
-    const bool real = known_dtype(t) && static_cast<int>(dtype_of(t)) <= static_cast<int>(DType::f16);
+    const bool real =
+        known_dtype(t) && static_cast<int>(dtype_of(t)) <= static_cast<int>(DType::f16);
     const bool complex = rule.complex && known_dtype(t) && is_complex(dtype_of(t));
     if (!real && !complex)
       fail(op, rule.name + " must have dtype float32, float64, bfloat16 or float16" +
@@ -210,7 +212,8 @@ void check_shape(const char* op, const Rule& rule, const Tensor& t, Sizes& sizes
       good = size == bound->second - dim.minus;
     } else {
       auto again = fresh.find(dim.name);
-      good = size + dim.minus >= dim.minimum && (again == fresh.end() || again->second == size + dim.minus);
+      good = size + dim.minus >= dim.minimum &&
+             (again == fresh.end() || again->second == size + dim.minus);
       fresh[dim.name] = size + dim.minus;
     }
   }
@@ -223,7 +226,9 @@ void check_shape(const char* op, const Rule& rule, const Tensor& t, Sizes& sizes
   for (const auto& candidate : rule.shapes)
     for (const Dim& dim : candidate) {
       auto bound = sizes.find(dim.name);
-      if (dim.name.empty() || bound == sizes.end() || seen.find(" " + dim.name + " ") != std::string::npos) continue;
+      if (dim.name.empty() || bound == sizes.end() ||
+          seen.find(" " + dim.name + " ") != std::string::npos)
+        continue;
       seen += " " + dim.name + " ";
       where += (where.empty() ? " with " : ", ") + dim.name + " = " + std::to_string(bound->second);
     }
@@ -260,9 +265,6 @@ void check(const char* op, std::initializer_list<Argument> arguments) {
     return nullptr;
   };
   const Tensor* packed = find("cu_seqlens");
-  // The states of a step are as many as the caller keeps; slot_indices() compares them with B.
-  const bool with_slots = std::any_of(rules.begin(), rules.end(),
-                                      [](const Rule& rule) { return rule.name == "slots"; });
   for (const Rule& rule : rules) {
     const Tensor* t = find(rule.name);
     if (!t) continue;
@@ -278,7 +280,7 @@ void check(const char* op, std::initializer_list<Argument> arguments) {
       if (auto batch = sizes.find("B"); batch != sizes.end() && batch->second != 1)
         fail(op, rule.name + " must have batch size B = 1 with cu_seqlens, got " + shape_of(*t));
       sizes["S"] = packed->size(0) - 1;
-    } else if (t == leader && sizes.count("B") && !with_slots) {
+    } else if (t == leader && sizes.count("B")) {
       sizes["S"] = sizes["B"];
     }
   }

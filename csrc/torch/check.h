@@ -1,5 +1,5 @@
 // Checks of what an op was given, made before anything is allocated. What an op requires of the
-// dtypes, shapes and devices of its arguments is one line of text beside its schema in ops.cpp,
+// dtypes, shapes and devices of its arguments is one line of text beside its schema in schemas.cpp,
 //
 //   b:act(B,T,D) a:act(B|1,T|1,D|1) h0:state?(S,D) cu_seqlens:index?
 //
@@ -13,8 +13,7 @@
 //   ?       may be None
 //   shape   names bind to sizes when first met; a|1 also allows 1; W-1 is one less; W>=2 also sets
 //           a minimum; shapes separated by / are alternatives by number of dimensions
-//   S       the number of sequences: B, or one less than the length of cu_seqlens; in an op with
-//           slots the number of states, whatever it is
+//   S       the number of sequences: B, or one less than the length of cu_seqlens
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
@@ -43,7 +42,7 @@ struct Argument {
 // that names the argument, what is required and what came.
 void check(const char* op, std::initializer_list<Argument> arguments);
 
-// The requirements of an op as text; ops.cpp holds them.
+// The requirements of an op as text; schemas.cpp holds them.
 const char* requirements(const std::string& op);
 
 // The sequences of a checked call; the vector keeps what `offsets` points to. Throws unless
@@ -79,8 +78,6 @@ View<N> view(const OptionalTensor& t) {
 Tensor empty_like(const Tensor& like);
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);
-inline DType state_dtype(DType d) {
-  return d == DType::bf16 || d == DType::f16 ? DType::f32 : d;
-}
+inline DType state_dtype(DType d) { return d == DType::bf16 || d == DType::f16 ? DType::f32 : d; }
 
 }  // namespace recurra

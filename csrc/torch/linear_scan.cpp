@@ -46,8 +46,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward_cpu(Tensor a, Tensor h, 
   LinearScanBackward args;
   args.sequences = sequences(op, h.size(0), h.size(1), cu_seqlens, offsets);
   Tensor da = empty_like(a), db = empty_like(h);
-  Tensor dh0 = h0 ? empty_like(*h0)
-                  : empty(h, {args.sequences.count, h.size(2)}, state_dtype(dtype_of(h)));
+  Tensor dh0 =
+      h0 ? empty_like(*h0) : empty(h, {args.sequences.count, h.size(2)}, state_dtype(dtype_of(h)));
   const bool reduced = a.size(0) != h.size(0) || a.size(1) != h.size(1) || a.size(2) != h.size(2);
   OptionalTensor partial;
   if (reduced) {

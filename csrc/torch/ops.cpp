@@ -1,40 +1,16 @@
-// Every schema of the library and, beside it, what the op requires of its arguments; check.h
-// explains the notation. The implementations register themselves in <op>.cpp and, for CUDA, in
-// the CUDA library.
+// Defines the ops of schemas.cpp. Their implementations register themselves in <op>.cpp and, for
+// CUDA, in the CUDA library.
 #include <torch/csrc/stable/library.h>
 
-#include <stdexcept>
 #include <string>
 
 #include "parallel.h"
 #include "simd/isa.h"
 #include "torch/check.h"
+#include "torch/schemas.h"
 
 namespace recurra {
 namespace {
-
-struct Op {
-  const char* schema;
-  const char* requirements;
-};
-
-constexpr Op kOps[] = {
-    {"linear_scan(Tensor a, Tensor b, Tensor? h0=None, *, bool log_a=False, bool reverse=False, "
-     "Tensor? cu_seqlens=None) -> (Tensor, Tensor)",
-     "b:act(B,T,D) a:act(B|1,T|1,D|1) h0:state?(S,D) cu_seqlens:index?"},
-    {"_linear_scan_backward(Tensor a, Tensor h, Tensor? h0, Tensor? dh, Tensor? dh_last, *, "
-     "bool log_a=False, bool reverse=False, Tensor? cu_seqlens=None) -> (Tensor, Tensor, Tensor)",
-     "h:act(B,T,D) a:act(B|1,T|1,D|1) h0:state?(S,D) dh:act?(B,T,D) dh_last:state?(S,D) "
-     "cu_seqlens:index?"},
-    {"linear_scan_step(Tensor(a!) h, Tensor a, Tensor b, *, bool log_a=False, "
-     "Tensor? slots=None) -> Tensor",
-     "b:act(B,D) a:act(B|1,D|1) h:state(S,D) slots:index?(B)"},
-};
-
-std::string name_of(const Op& op) {
-  const std::string schema = op.schema;
-  return schema.substr(0, schema.find('('));
-}
 
 std::string requirements_op(std::string op) { return requirements(op); }
 
@@ -56,16 +32,10 @@ int torch_threads() {
 
 }  // namespace
 
-const char* requirements(const std::string& op) {
-  for (const Op& entry : kOps)
-    if (name_of(entry) == op) return entry.requirements;
-  throw std::runtime_error("recurra: no op is named " + op);
-}
-
 }  // namespace recurra
 
 STABLE_TORCH_LIBRARY(recurra, m) {
-  for (const auto& op : recurra::kOps) m.def(op.schema);
+  for (const recurra::Op& op : recurra::ops()) m.def(op.schema);
   m.def("_requirements(str op) -> str");
   m.def("_isa(str? cap=None) -> str");
   m.def("_threads() -> int");

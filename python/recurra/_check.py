@@ -1,6 +1,6 @@
 """The checks of csrc/torch/check.h for fake tensors, in the same words.
 
-What an op requires is text that lives beside its schema in csrc/torch/ops.cpp; this reads it.
+What an op requires is text that lives beside its schema in csrc/torch/schemas.cpp; this reads it.
 """
 
 from __future__ import annotations
@@ -158,8 +158,6 @@ def check(op: str, **arguments: Tensor | None) -> dict[str, int]:
     sizes: dict[str, int] = {}
     leader: Tensor | None = None
     packed = arguments.get("cu_seqlens")
-    # The states of a step are as many as the caller keeps; check_slots() compares them with B.
-    with_slots = any(rule.name == "slots" for rule in rules)
     for rule in rules:
         tensor = arguments.get(rule.name)
         if tensor is None:
@@ -183,7 +181,7 @@ def check(op: str, **arguments: Tensor | None) -> dict[str, int]:
                     f"{rule.name} must have batch size B = 1 with cu_seqlens, got {_shape(tensor)}",
                 )
             sizes["S"] = packed.shape[0] - 1
-        elif tensor is leader and "B" in sizes and not with_slots:
+        elif tensor is leader and "B" in sizes:
             sizes["S"] = sizes["B"]
     return sizes
 

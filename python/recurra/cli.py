@@ -1,2 +1,133 @@
-def main():
-    pass
+"""The command line: ``recurra info`` and ``recurra bench``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+
+_BENCH = """\
+    Every shape is first verified against float64. Then the op, its transposed and bfloat16
+    forms, the machine's own speed and, with --peers, other packages run in turn in this
+    process, and the medians are printed with the floor: the least time that this machine needs,
+    by its bandwidth and rates measured in the same rounds.
+
+    A case is OP/SHAPE/KIND; any part of a name selects.
+
+    examples
+      recurra bench --list
+      recurra bench selective_scan --peers
+      recurra bench linear_scan/8x2048x1024/forward --repeat 21
+      recurra bench --op linear_scan --shape 2x4096x512
+      recurra bench --peers --json results.json
+      recurra bench --rates
+"""
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(size) for size in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"a shape is sizes joined by x, such as 8x512x512x16, got {text}"
+        ) from None
+
+
+def _repeat(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a positive number is required, got {text}")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="recurra", description="Compiled kernels for recurrent sequence models."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser(
+        "info",
+        help="version, instruction set, threads, CUDA, which library loaded or why not",
+        description="Prints what is installed, loaded and in use, or why not.",
+    )
+    bench = commands.add_parser(
+        "bench",
+        help="verify, then time the ops beside this machine's floor and their peers",
+        description="Times the ops beside the floor of this machine.",
+        epilog=textwrap.dedent(_BENCH),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument("cases", nargs="*", metavar="CASE", help="part of a name; default: all")
+    bench.add_argument("--list", action="store_true", help="print the names of the cases")
+    bench.add_argument(
+        "--op",
+        action="append",
+        default=[],
+        choices=("selective_scan", "linear_scan", "causal_conv1d"),
+        help="only the cases of this op; may be repeated",
+    )
+    bench.add_argument(
+        "--shape",
+        type=_shape,
+        help="another shape for --op: BxDxLxN, BxTxD or BxDxL; it has no targets",
+    )
+    bench.add_argument("--peers", action="store_true", help="time numba, jax and torch as well")
+    bench.add_argument("--repeat", type=_repeat, default=9, help="rounds, default %(default)s")
+    bench.add_argument("--rates", action="store_true", help="first print what the machine can do")
+    bench.add_argument(
+        "--fresh-memory",
+        action="store_true",
+        help="let the C library return large blocks to the system, as it does by default",
+    )
+    bench.add_argument("--json", metavar="FILE", help="also write the results there")
+    bench.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
+    return parser
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from recurra.bench import cases, report
+
+    if args.shape:
+        if len(args.op) != 1:
+            raise ValueError("--shape needs exactly one --op")
+        if args.cases:
+            raise ValueError("--shape makes its own cases; leave the names out")
+        kinds = (cases.FORWARD, cases.BACKWARD)
+        chosen = [cases.case(args.op[0], args.shape, kind) for kind in kinds]
+    else:
+        chosen = cases.select(args.cases, args.op)
+    if args.list:
+        for case in chosen:
+            print(case.name + ("  (not available in this build)" if case.missing else ""))
+        return 0
+
+    about = report.header(warm=not args.fresh_memory)
+    rates = report.print_rates() if args.rates else None
+    # The rates alone are a question of their own.
+    alone = args.rates and not (args.cases or args.op)
+    results = [] if alone else [report.run(case, args.peers, args.repeat) for case in chosen]
+    missed = [] if alone else report.summary(results)
+    if args.json:
+        report.write_json(args.json, about, rates, results)
+    return 1 if args.check and missed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        if args.command == "info":
+            from recurra import info
+
+            return info.main()
+        return _bench(args)
+    except BrokenPipeError:
+        return 0
+    except AssertionError as error:
+        print(f"recurra {args.command}: wrong result: {error}", file=sys.stderr)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"recurra {args.command}: {error}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

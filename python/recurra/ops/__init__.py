@@ -1,5 +1,14 @@
 """The public functions over `torch.ops.recurra`, and what torch needs to know of each op."""
 
+from recurra.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from recurra.ops.linear_scan import linear_scan, linear_scan_step
+from recurra.ops.selective_scan import selective_scan, selective_scan_step
 
-__all__ = ["linear_scan", "linear_scan_step"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "linear_scan",
+    "linear_scan_step",
+    "selective_scan",
+    "selective_scan_step",
+]

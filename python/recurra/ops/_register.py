@@ -6,7 +6,7 @@ Everything here is registered with the dispatcher, so `torch.ops.recurra.*` and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,10 +14,30 @@ from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("recurra", "FRAGMENT")
 
+_NO_FUNCTORCH = (
+    "recurra: derivatives of {} under torch.func are not implemented; use torch.autograd"
+)
+
 
 def fake(name: str) -> Callable:
     """Registers the function below as the shape and dtype rule of ``name``."""
     return torch.library.register_fake(f"recurra::{name}", lib=LIBRARY)
+
+
+def _differentiated(name: str, arguments: Iterable) -> bool:
+    """Whether reverse mode must record this call; forward mode raises instead of losing it."""
+    # Without this the tangents would be lost: torch takes a missing one for zero.
+    if forward_ad._current_level >= 0 and any(
+        isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+        for argument in arguments
+    ):
+        raise RuntimeError(
+            f"recurra: forward-mode derivatives of {name} under torch.func and "
+            "torch.autograd.forward_ad are not implemented; use torch.autograd"
+        )
+    return torch.is_grad_enabled() and any(
+        isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
+    )
 
 
 def autograd(name: str, setup: Callable, backward: Callable) -> None:
@@ -36,6 +56,7 @@ def autograd(name: str, setup: Callable, backward: Callable) -> None:
     arguments = op._schema.arguments
     names = [argument.name for argument in arguments]
     keyword_only = [argument.name for argument in arguments if argument.kwarg_only]
+    public = name.removeprefix("_")
     positional = len(names) - len(keyword_only)
     defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
 
@@ -65,27 +86,31 @@ def autograd(name: str, setup: Callable, backward: Callable) -> None:
     Function.__name__ = Function.__qualname__ = f"recurra.{name}"
 
     def kernel(keyset, *args, **kwargs):
-        if forward_ad._current_level >= 0 and any(
-            isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
-            for argument in (*args, *kwargs.values())
-        ):
-            # Without this the tangents would be lost: torch takes a missing one for zero.
-            raise RuntimeError(
-                f"recurra: forward-mode derivatives of {name.removeprefix('_')} under torch.func "
-                "and torch.autograd.forward_ad are not implemented; use torch.autograd"
-            )
-        if torch.is_grad_enabled() and any(
-            isinstance(argument, Tensor) and argument.requires_grad
-            for argument in (*args, *kwargs.values())
-        ):
+        if _differentiated(public, (*args, *kwargs.values())):
             if torch._C._are_functorch_transforms_active():
-                raise RuntimeError(
-                    f"recurra: derivatives of {name.removeprefix('_')} under torch.func are not "
-                    "implemented; use torch.autograd"
-                )
+                raise RuntimeError(_NO_FUNCTORCH.format(public))
             rest = names[len(args) :]
             values = (kwargs[n] if n in kwargs else defaults[n] for n in rest)
             return Function.apply(keyset, *args, *values)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def autograd_through(name: str, saving: str, outputs: int) -> None:
+    """Differentiates ``name`` as the first ``outputs`` results of the op ``saving``.
+
+    ``saving`` computes the same and returns, behind those results, what its backward wants kept.
+    """
+    op = getattr(torch.ops.recurra, name).default
+    saving_op = getattr(torch.ops.recurra, saving).default
+
+    def kernel(keyset, *args, **kwargs):
+        if _differentiated(name, (*args, *kwargs.values())):
+            if torch._C._are_functorch_transforms_active():
+                raise RuntimeError(_NO_FUNCTORCH.format(name))
+            return saving_op(*args, **kwargs)[:outputs]
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
@@ -152,13 +177,11 @@ def no_grad_step(name: str, whole: str) -> None:
     op = getattr(torch.ops.recurra, name).default
 
     def kernel(*args, **kwargs):
-        if torch.is_grad_enabled():
-            for argument in (*args, *kwargs.values()):
-                if isinstance(argument, Tensor) and argument.requires_grad:
-                    raise RuntimeError(
-                        f"recurra: {name} has no gradient; use {whole} over the whole sequence, "
-                        "or call it under torch.no_grad()"
-                    )
+        if _differentiated(name, (*args, *kwargs.values())):
+            raise RuntimeError(
+                f"recurra: {name} has no gradient; use {whole} over the whole sequence, or call "
+                "it under torch.no_grad()"
+            )
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args, **kwargs)
 

@@ -4,6 +4,15 @@ Same arguments, shapes and results as the functions of :mod:`recurra`; slow on p
 differentiable by torch itself.
 """
 
+from recurra.reference.causal_conv1d import causal_conv1d, causal_conv1d_step
 from recurra.reference.linear_scan import linear_scan, linear_scan_step
+from recurra.reference.selective_scan import selective_scan, selective_scan_step
 
-__all__ = ["linear_scan", "linear_scan_step"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "linear_scan",
+    "linear_scan_step",
+    "selective_scan",
+    "selective_scan_step",
+]

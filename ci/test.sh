@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The quick tier, on a fresh Linux machine with Python 3.10 or later and a C++ compiler: sets up an
+# environment of its own, builds and installs the package and runs lint, the C++ programs under
+# AddressSanitizer and UBSan, and pytest. Arguments go to pytest.
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+setup_environment
+# One CUDA architecture is enough to know that the sources compile.
+install_package -C cmake.define.RECURRA_CUDA_ARCHITECTURES=90-real
+say "lint"
+python ci/lint.py
+python ci/lint.py --objects "$BUILD/package"
+build_cpp_tests asan address,undefined
+ctest --test-dir "$CPP" --no-tests=error --output-on-failure
+say "pytest"
+exec python -m pytest "$@"

@@ -1,0 +1,40 @@
+// Every cell of the library. A new one is a header beside this one and a name in the list below.
+#pragma once
+#include "cells/paragru.h"
+#include "cells/tanh.h"
+
+namespace recurra::RECURRA_ISA {
+
+template <class... Cell>
+struct CellList {
+  static constexpr int size = sizeof...(Cell);
+};
+
+using Cells = CellList<Tanh, ParaGru>;
+
+constexpr bool same_name(const char* a, const char* b) {
+  while (*a && *a == *b) ++a, ++b;
+  return *a == *b;
+}
+
+// f(Cell{}) for every cell, in the order of the list.
+template <class F, class... Cell>
+void for_each_cell(F&& f, CellList<Cell...>) {
+  (f(Cell{}), ...);
+}
+template <class F>
+void for_each_cell(F&& f) {
+  for_each_cell(f, Cells{});
+}
+
+// f(Cell{}) for the cell of that name; false if there is none.
+template <class F, class... Cell>
+bool with_cell(const char* name, F&& f, CellList<Cell...>) {
+  return ((same_name(name, Cell::name) && (f(Cell{}), true)) || ...);
+}
+template <class F>
+bool with_cell(const char* name, F&& f) {
+  return with_cell(name, f, Cells{});
+}
+
+}  // namespace recurra::RECURRA_ISA

@@ -1,0 +1,132 @@
+// recurra._native: what NumPy programs and the command line need without torch. torch.ops never
+// loads it. It holds a copy of the kernels, and so an instruction set and a thread count of its
+// own, which start as torch.ops' do: from RECURRA_ISA and from OpenMP.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <map>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "bench/rates.h"
+#include "parallel.h"
+#include "simd/isa.h"
+
+namespace py = pybind11;
+
+namespace recurra {
+namespace {
+
+std::atomic<int> chosen_threads{0};
+
+py::dict cpu_features() {
+  py::dict flags;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#define RECURRA_FLAG(NAME) flags[NAME] = __builtin_cpu_supports(NAME) != 0
+  RECURRA_FLAG("avx2");
+  RECURRA_FLAG("fma");
+  RECURRA_FLAG("f16c");
+  RECURRA_FLAG("avx512f");
+  RECURRA_FLAG("avx512bw");
+  RECURRA_FLAG("avx512vl");
+  RECURRA_FLAG("avx512dq");
+#undef RECURRA_FLAG
+#endif
+  py::dict out;
+  out["isa"] = isa_name(isa());
+  out["best"] = isa_name(best_isa());
+  out["flags"] = flags;
+  return out;
+}
+
+std::string isa_in_use(const std::optional<std::string>& cap) {
+  if (cap) cap_isa(cap->c_str());
+  return isa_name(isa());
+}
+
+int threads(std::optional<int> count) {
+  if (count) {
+    if (*count < 1) throw std::invalid_argument("threads: count must be at least 1");
+    chosen_threads.store(*count);
+    set_thread_source([] { return chosen_threads.load(std::memory_order_relaxed); });
+  }
+  return thread_count();
+}
+
+template <class Value>
+Value named(const std::map<std::string, Value>& table, const char* what, const std::string& name) {
+  const auto found = table.find(name);
+  if (found != table.end()) return found->second;
+  std::string known;
+  for (const auto& entry : table) known += (known.empty() ? "" : ", ") + entry.first;
+  throw std::invalid_argument(std::string(what) + " must be one of " + known + ", got " + name);
+}
+
+const std::map<std::string, Loop> kLoops = {{"fma", Loop::fma},   {"exp2", Loop::exp2},
+                                            {"exp", Loop::exp},   {"sigmoid", Loop::sigmoid},
+                                            {"tanh", Loop::tanh}, {"softplus", Loop::softplus},
+                                            {"silu", Loop::silu}};
+const std::map<std::string, StreamKind> kStreams = {
+    {"triad", StreamKind::triad},
+    {"triad_past_caches", StreamKind::triad_past_caches},
+    {"read", StreamKind::read}};
+
+double rate(const std::string& name, double milliseconds) {
+  const Loop loop = named(kLoops, "loop", name);
+  if (!(milliseconds > 0)) throw std::invalid_argument("rate: milliseconds must be positive");
+  py::gil_scoped_release nogil;
+  return loop_rate(loop, thread_count(), milliseconds);
+}
+
+using Floats = py::array_t<float, py::array::c_style>;
+
+double stream(const std::string& kind, const Floats& a, const Floats& b, Floats& c) {
+  if (a.size() != b.size() || a.size() != c.size())
+    throw std::invalid_argument("stream: a, b and c must have the same size");
+  float sum = 0;
+  Stream args{named(kStreams, "kind", kind), a.data(), b.data(), c.mutable_data(), a.size(), &sum};
+  if (args.kind == StreamKind::triad_past_caches && reinterpret_cast<uintptr_t>(args.c) % 64 != 0)
+    throw std::invalid_argument("stream: c must be aligned to 64 bytes to be written past caches");
+  py::gil_scoped_release nogil;
+  return stream_seconds(args);
+}
+
+double exp2_ulp(float low, float high, int64_t count) {
+  py::gil_scoped_release nogil;
+  return exp2_max_ulp(low, high, count);
+}
+
+// What is measured here and printed by `recurra bench`.
+void define_rates(py::module_& m) {
+  m.def("rate", &rate, py::arg("loop"), py::arg("milliseconds") = 5.0,
+        "Floats per nanosecond of a loop (fma, exp2, exp, sigmoid, tanh, softplus or silu) on "
+        "sixteen lanes in the L1 cache, all threads together; a fused multiply-add counts once.");
+  m.def("stream", &stream, py::arg("kind"), py::arg("a").noconvert(), py::arg("b").noconvert(),
+        py::arg("c").noconvert(),
+        "Seconds of one pass c = 3 a + b (triad, triad_past_caches) or of reading a (read).");
+  m.def("exp2_max_ulp", &exp2_ulp, py::arg("low") = -126.0f, py::arg("high") = 126.0f,
+        py::arg("count") = 1 << 20,
+        "Largest error, in units in the last place, of the exponential that kernels use.");
+}
+
+void define_machine(py::module_& m) {
+  m.def("cpu_features", &cpu_features,
+        "The instruction set in use (isa), the best of this machine (best) and its flags.");
+  m.def("isa", &isa_in_use, py::arg("cap") = py::none(),
+        "The instruction set in use here; a name (scalar, avx2, avx512) caps it from now on.");
+  m.def("threads", &threads, py::arg("count") = py::none(),
+        "The number of threads used here; a count sets it from now on.");
+}
+
+}  // namespace
+}  // namespace recurra
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Kernels and machine figures of recurra without torch.";
+  recurra::define_machine(m);
+  recurra::define_rates(m);
+}

@@ -1,0 +1,71 @@
+#include "torch/schemas.h"
+
+#include <stdexcept>
+
+#include "torch/check.h"
+
+namespace recurra {
+namespace {
+
+#define SELECTIVE_SCAN_REQUIREMENTS                                                              \
+  "u:act(B,T,D) delta:act(B,T,D) A:param*(D,N) B:act*(B,T,N)/(B,T,G,N) C:act*(B,T,N)/(B,T,G,N) " \
+  "D:param?(D) z:act?(B,T,D) delta_bias:param?(D) cu_seqlens:index?"
+
+constexpr Op kOps[] = {
+    {"linear_scan(Tensor a, Tensor b, Tensor? h0=None, *, bool log_a=False, bool reverse=False, "
+     "Tensor? cu_seqlens=None) -> (Tensor, Tensor)",
+     "b:act(B,T,D) a:act(B|1,T|1,D|1) h0:state?(S,D) cu_seqlens:index?"},
+    {"_linear_scan_backward(Tensor a, Tensor h, Tensor? h0, Tensor? dh, Tensor? dh_last, *, "
+     "bool log_a=False, bool reverse=False, Tensor? cu_seqlens=None) -> (Tensor, Tensor, Tensor)",
+     "h:act(B,T,D) a:act(B|1,T|1,D|1) h0:state?(S,D) dh:act?(B,T,D) dh_last:state?(S,D) "
+     "cu_seqlens:index?"},
+    {"linear_scan_step(Tensor(a!) h, Tensor a, Tensor b, *, bool log_a=False, "
+     "Tensor? slots=None) -> Tensor",
+     "b:act(B,D) a:act(B|1,D|1) h:state(M,D) slots:index?(B)"},
+    {"causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? h0=None, *, "
+     "str? activation=None, Tensor? cu_seqlens=None) -> (Tensor, Tensor)",
+     "x:act(B,T,D) weight:param(D,W>=2) bias:param?(D) h0:state?(S,W-1,D) cu_seqlens:index?"},
+    {"_causal_conv1d_backward(Tensor? dy, Tensor? dh_last, Tensor x, Tensor weight, "
+     "Tensor? bias=None, Tensor? h0=None, *, str? activation=None, Tensor? cu_seqlens=None) "
+     "-> (Tensor, Tensor, Tensor, Tensor)",
+     "x:act(B,T,D) weight:param(D,W>=2) bias:param?(D) h0:state?(S,W-1,D) dy:act?(B,T,D) "
+     "dh_last:state?(S,W-1,D) cu_seqlens:index?"},
+    {"causal_conv1d_step(Tensor(a!) h, Tensor x, Tensor weight, Tensor? bias=None, *, "
+     "str? activation=None, Tensor? slots=None) -> Tensor",
+     "x:act(B,D) weight:param(D,W>=2) bias:param?(D) h:state(M,W-1,D) slots:index?(B)"},
+    {"selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
+     "Tensor? z=None, Tensor? delta_bias=None, *, bool delta_softplus=False, Tensor? h0=None, "
+     "Tensor? cu_seqlens=None) -> (Tensor, Tensor)",
+     SELECTIVE_SCAN_REQUIREMENTS " h0:state*?(S,D,N)"},
+    {"_selective_scan_save(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
+     "Tensor? z=None, Tensor? delta_bias=None, *, bool delta_softplus=False, Tensor? h0=None, "
+     "Tensor? cu_seqlens=None) -> (Tensor, Tensor, Tensor)",
+     SELECTIVE_SCAN_REQUIREMENTS " h0:state*?(S,D,N)"},
+    {"_selective_scan_backward(Tensor? dy, Tensor? dh_last, Tensor saved, Tensor u, Tensor delta, "
+     "Tensor A, Tensor B, Tensor C, Tensor? D=None, Tensor? z=None, Tensor? delta_bias=None, *, "
+     "bool delta_softplus=False, Tensor? cu_seqlens=None) -> (Tensor, Tensor, Tensor, Tensor, "
+     "Tensor, Tensor, Tensor, Tensor, Tensor)",
+     SELECTIVE_SCAN_REQUIREMENTS " dy:act?(B,T,D) dh_last:state*?(S,D,N)"},
+    {"selective_scan_step(Tensor(a!) h, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
+     "Tensor? D=None, Tensor? z=None, Tensor? delta_bias=None, *, bool delta_softplus=False, "
+     "Tensor? slots=None) -> Tensor",
+     "u:act(B,D) delta:act(B,D) A:param*(D,N) B:act*(B,N)/(B,G,N) C:act*(B,N)/(B,G,N) D:param?(D) "
+     "z:act?(B,D) delta_bias:param?(D) h:state*(M,D,N) slots:index?(B)"},
+};
+
+std::string name_of(const Op& op) {
+  const std::string schema = op.schema;
+  return schema.substr(0, schema.find('('));
+}
+
+}  // namespace
+
+std::span<const Op> ops() { return kOps; }
+
+const char* requirements(const std::string& op) {
+  for (const Op& entry : kOps)
+    if (name_of(entry) == op) return entry.requirements;
+  throw std::runtime_error("recurra: no op is named " + op);
+}
+
+}  // namespace recurra

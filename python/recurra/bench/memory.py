@@ -1,0 +1,56 @@
+"""The memory that a training step of selective_scan takes, measured by the system."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+
+def peak_memory(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Bytes of the inputs, and of the peak beyond them, in a process of its own.
+
+    The peak is that of the resident memory while the forward and backward run: outputs, what
+    autograd saves, workspaces, and all gradients, which are held at the end.
+    """
+    command = [sys.executable, "-m", "recurra.bench.memory", *map(str, shape)]
+    out = subprocess.run(command, capture_output=True, text=True)
+    if out.returncode:
+        raise RuntimeError(f"the memory measurement failed: {out.stderr.strip()[-500:]}")
+    inputs, extra = map(int, out.stdout.split())
+    return inputs, extra
+
+
+def _status(field: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", text).group(1))
+
+
+def _measure(shape: list[int]) -> tuple[int, int]:
+    import torch
+
+    import recurra
+    from recurra.bench.cases import selective_inputs
+
+    def step(leaves):
+        y, _ = recurra.selective_scan(**leaves, delta_softplus=True)
+        return y, torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
+
+    def leaves(shape):
+        return {k: v.requires_grad_() for k, v in selective_inputs(*shape).items()}
+
+    # Threads, libraries and autograd's own memory are there before the clock of memory starts.
+    step(leaves([1, 32, 64, shape[3]]))
+    inputs = leaves(shape)
+    size = sum(v.numel() * v.element_size() for v in inputs.values())
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = _status("VmRSS")
+    results = step(inputs)
+    extra = _status("VmHWM") - before
+    del results
+    return size, extra
+
+
+if __name__ == "__main__":
+    print(*_measure([int(size) for size in sys.argv[1:]]))

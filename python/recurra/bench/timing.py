@@ -1,0 +1,101 @@
+"""How a time is taken: medians of runs that alternate with those of everything compared."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+_SLOW = 2.0  # seconds of a run from which three runs must do
+
+
+@dataclasses.dataclass
+class Timing:
+    """Seconds of every run of one thing."""
+
+    runs: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.runs)
+
+
+def keep_memory_warm() -> bool:
+    """Keeps freed memory in the process, as a training loop's allocator would like to.
+
+    glibc returns every block above 32 MiB to the system, so that each large result is zeroed and
+    mapped again page by page, which costs several times as much as computing it. With this, the
+    times of everything that runs in this process, peers included, are those of warm memory.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def interleave(
+    runners: dict[str, Callable[[], object]],
+    probes: dict[str, Callable[[], float]],
+    repeat: int,
+) -> tuple[dict[str, Timing], dict[str, float]]:
+    """Times all runners in turn, ``repeat`` rounds after a warm-up, with the probes in between.
+
+    Args:
+        runners: what is timed. One that takes longer than two seconds runs three times only.
+        probes: measurements of the machine, each returning one number.
+        repeat: rounds.
+
+    Returns:
+        The times of each runner and the median of each probe over the same rounds, so that a
+        machine that is slow today is slow for both.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    values: dict[str, list[float]] = {name: [] for name in probes}
+    rounds = {}
+    for name, run in runners.items():
+        run()
+        start = time.perf_counter()
+        run()
+        rounds[name] = repeat if time.perf_counter() - start < _SLOW else min(repeat, 3)
+    for n in range(repeat):
+        for name, probe in probes.items():
+            values[name].append(probe())
+        for name, run in runners.items():
+            if n < rounds[name]:
+                start = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - start)
+    return (
+        {name: Timing(runs) for name, runs in times.items()},
+        {name: statistics.median(v) for name, v in values.items()},
+    )
+
+
+def per_call(call: Callable[[], object], calls: int = 200) -> Callable[[], float]:
+    """A runner of many calls; divide its time by ``calls``."""
+
+    def run():
+        for _ in range(calls):
+            call()
+
+    return run
+
+
+def import_seconds(repeat: int) -> tuple[float, float]:
+    """Median seconds of ``import torch``, and of ``import recurra`` after it, in new processes."""
+    code = (
+        "from time import perf_counter as now; start = now(); import torch; middle = now(); "
+        "import recurra; print(middle - start, now() - middle)"
+    )
+    runs = []
+    for _ in range(repeat + 1):  # the first one reads the files
+        out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        runs.append([float(word) for word in out.stdout.split()])
+    alone, beyond = (statistics.median(column) for column in zip(*runs[1:], strict=True))
+    return alone, beyond

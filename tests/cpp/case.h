@@ -1,0 +1,270 @@
+// What the kernel tests share: random numbers, arrays of any layout in heap buffers of the exact
+// size, so that AddressSanitizer sees a read or write one element too far, and a Case, which is one
+// call of a kernel that can be repeated on every instruction set and compared byte by byte.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "view.h"
+
+namespace recurra::test {
+
+// SplitMix64 (Steele, Lea and Flood 2014).
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+  uint64_t next() {
+    uint64_t z = state_ += 0x9e3779b97f4a7c15;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    return z ^ (z >> 31);
+  }
+  int64_t below(int64_t n) { return static_cast<int64_t>(next() % static_cast<uint64_t>(n)); }
+  bool chance(int percent) { return below(100) < percent; }
+  double uniform(double low, double high) {
+    return low + (high - low) * static_cast<double>(next() >> 11) * 0x1p-53;
+  }
+  template <class T>
+  T pick(std::initializer_list<T> values) {
+    return values.begin()[below(static_cast<int64_t>(values.size()))];
+  }
+
+ private:
+  uint64_t state_;
+};
+
+// Conversions written for clarity, apart from those under test.
+struct Narrow {
+  int mantissa, lowest, highest;  // bits after the leading one; exponents of normal numbers
+};
+inline Narrow narrow(DType d) {
+  return d == DType::f16 ? Narrow{10, -14, 15} : Narrow{7, -126, 127};
+}
+
+inline double load(const char* p, DType d) {
+  const auto read = [&](auto x) {
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  };
+  if (d == DType::f32) return read(0.0f);
+  if (d == DType::f64) return read(0.0);
+  const Narrow n = narrow(d);
+  const int bits = read(uint16_t{}), fraction = bits & ((1 << n.mantissa) - 1);
+  const int field = (bits & 0x7fff) >> n.mantissa;
+  double value;
+  if (field == n.highest + 1 - n.lowest + 1)
+    value = fraction ? NAN : INFINITY;
+  else if (field == 0)
+    value = std::ldexp(fraction, n.lowest - n.mantissa);
+  else
+    value = std::ldexp(fraction + (1 << n.mantissa), field - 1 + n.lowest - n.mantissa);
+  return bits & 0x8000 ? -value : value;
+}
+
+// Rounded to nearest even. For 16-bit storage `value` must be exact, as a float is.
+inline void store(char* p, DType d, double value) {
+  const auto write = [&](auto x) { std::memcpy(p, &x, sizeof x); };
+  if (d == DType::f32) return write(static_cast<float>(value));
+  if (d == DType::f64) return write(value);
+  const Narrow n = narrow(d);
+  const int top = (n.highest - n.lowest + 2) << n.mantissa;
+  int bits;
+  if (value != value) {
+    bits = top | 1 << (n.mantissa - 1);
+  } else if (std::isinf(value)) {
+    bits = top;
+  } else {
+    const double size = std::fabs(value);
+    const int exponent = size == 0 ? n.lowest : std::max(std::ilogb(size), n.lowest);
+    const int steps = static_cast<int>(std::nearbyint(std::ldexp(size, n.mantissa - exponent)));
+    // Carries run into the exponent, and from the largest number to infinity, as they should.
+    bits = std::min(top, ((exponent - n.lowest) << n.mantissa) + steps);
+  }
+  write(static_cast<uint16_t>(bits | (std::signbit(value) ? 0x8000 : 0)));
+}
+
+struct Range {
+  double low = -1, high = 1;
+};
+
+// One array: a buffer of the exact size and which bytes of it are elements.
+class Array {
+ public:
+  enum class Role { input, output };
+
+  Array(std::string name, Role role, size_t size) : name(std::move(name)), role(role), size_(size) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 64, size) != 0) throw std::bad_alloc();
+    data_.reset(static_cast<char*>(memory));
+    element.assign(size, 0);
+  }
+  char* data() const { return data_.get(); }
+  size_t size() const { return size_; }
+
+  std::string name;
+  Role role;
+  DType dtype = DType::f32;
+  std::vector<char> element;  // per byte: 1 where an element starts, 2 inside it, 0 in a gap
+  std::vector<char> initial;
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  size_t size_;
+  std::unique_ptr<char, Free> data_;
+};
+
+class Case {
+ public:
+  Case(uint64_t seed, bool any_bytes) : random(seed), any_bytes_(any_bytes) {}
+
+  Random random;
+  std::function<void()> run;       // calls the kernel on the chosen instruction set
+  std::function<void()> oracle;    // the same in plain C++, where the equations define the bits
+  std::function<void()> emulated;  // the CUDA kernel over cuda_emulator.h
+
+  // An array that the kernel may only read: any order of dimensions, gaps, offsets, reversed and
+  // expanded dimensions.
+  template <int N>
+  View<N> input(const char* name, DType dtype, const int64_t (&size)[N], Range range = {}) {
+    return make<N>(name, Array::Role::input, dtype, size, range, false);
+  }
+  // One that it writes, or updates; `plain`: contiguous and zero, as a scratch array is.
+  template <int N>
+  View<N> output(const char* name, DType dtype, const int64_t (&size)[N], bool plain = false) {
+    return make<N>(name, Array::Role::output, dtype, size, {}, plain);
+  }
+  const int64_t* integers(const char* name, const std::vector<int64_t>& values) {
+    Array& array = add(name, Array::Role::input, DType::i64, values.size() * sizeof(int64_t));
+    std::copy(values.begin(), values.end(), reinterpret_cast<int64_t*>(array.data()));
+    std::fill(array.element.begin(), array.element.end(), 2);
+    return reinterpret_cast<const int64_t*>(array.data());
+  }
+  // The same values as a one-dimensional array of int32 or int64.
+  View<1> indices(const char* name, const int64_t* values, int64_t count) {
+    const DType dtype = random.chance(50) ? DType::i32 : DType::i64;
+    Array& array = add(name, Array::Role::input, dtype, count * item_size(dtype));
+    for (int64_t i = 0; i < count; ++i)
+      if (dtype == DType::i32)
+        reinterpret_cast<int32_t*>(array.data())[i] = static_cast<int32_t>(values[i]);
+      else
+        reinterpret_cast<int64_t*>(array.data())[i] = values[i];
+    return {array.data(), dtype, {count}, {1}};
+  }
+  // Sequences of a (B, T, ...) array, packed ones when B is 1 and chance has it.
+  Sequences sequences(int64_t batch, int64_t time) {
+    if (batch != 1 || random.chance(50)) return {batch, time, nullptr};
+    std::vector<int64_t> ends{0, time};
+    for (int64_t i = random.below(5); i > 0; --i) ends.push_back(random.below(time + 1));
+    if (random.chance(30)) ends.push_back(ends.back());
+    std::sort(ends.begin(), ends.end());
+    const auto count = static_cast<int64_t>(ends.size()) - 1;
+    return {count, time, integers("offsets", ends)};
+  }
+
+  void remember() {
+    for (auto& a : arrays_) a->initial.assign(a->data(), a->data() + a->size());
+  }
+  void restore() {
+    for (auto& a : arrays_) std::copy(a->initial.begin(), a->initial.end(), a->data());
+  }
+  // Throws unless inputs and the gaps of outputs are as they were.
+  void check_untouched() const {
+    for (const auto& a : arrays_)
+      for (size_t i = 0; i < a->size(); ++i)
+        if (a->data()[i] != a->initial[i] && (a->role == Array::Role::input || !a->element[i]))
+          throw std::runtime_error(a->name + " was written at byte " + std::to_string(i) + " of " +
+                                   std::to_string(a->size()) + ", which is not an output");
+  }
+  std::vector<std::vector<char>> results() const {
+    std::vector<std::vector<char>> all;
+    for (const auto& a : arrays_) all.emplace_back(a->data(), a->data() + a->size());
+    return all;
+  }
+  // Throws unless the outputs are `wanted` bit for bit, any NaN being like any other.
+  void check_results(const std::vector<std::vector<char>>& wanted) const {
+    for (size_t n = 0; n < arrays_.size(); ++n) {
+      const Array& a = *arrays_[n];
+      if (a.role == Array::Role::input) continue;
+      const auto item = static_cast<size_t>(item_size(a.dtype));
+      for (size_t i = 0; i < a.size(); ++i) {
+        if (a.element[i] != 1 || std::equal(&wanted[n][i], &wanted[n][i] + item, a.data() + i))
+          continue;
+        const double want = load(&wanted[n][i], a.dtype), got = load(a.data() + i, a.dtype);
+        if (want != want && got != got) continue;
+        char text[128];
+        std::snprintf(text, sizeof text, " at byte %zu of %zu: %a instead of %a", i, a.size(), got,
+                      want);
+        throw std::runtime_error(a.name + " differs" + text);
+      }
+    }
+  }
+
+ private:
+  Array& add(const char* name, Array::Role role, DType dtype, size_t size) {
+    arrays_.push_back(std::make_unique<Array>(name, role, size));
+    arrays_.back()->dtype = dtype;
+    return *arrays_.back();
+  }
+
+  template <int N>
+  View<N> make(const char* name, Array::Role role, DType dtype, const int64_t (&size)[N],
+               Range range, bool plain) {
+    View<N> view;
+    view.dtype = dtype;
+    int order[N];
+    for (int n = 0; n < N; ++n) order[n] = N - 1 - n;
+    const bool odd = !plain && random.chance(60);
+    if (odd)
+      for (int n = N - 1; n > 0; --n) std::swap(order[n], order[random.below(n + 1)]);
+    int64_t step = odd && random.chance(20) ? 1 + random.below(3) : 1, low = 0, high = 0;
+    for (int n : order) {
+      view.size[n] = size[n];
+      view.stride[n] = odd && random.chance(15) ? -step : step;
+      if (odd && role == Array::Role::input && random.chance(10)) view.stride[n] = 0;
+      const int64_t reach = std::max<int64_t>(size[n] - 1, 0) * view.stride[n];
+      (reach < 0 ? low : high) += reach;
+      if (view.stride[n] != 0)
+        step *= std::max<int64_t>(size[n], 1) + (odd && random.chance(30) ? random.below(9) : 0);
+    }
+    int64_t count = 1;
+    for (int64_t s : size) count *= s;
+    // Mostly no margin, for the sanitizer to see the first element too far.
+    const int64_t margin = odd && random.chance(30) ? 1 + random.below(7) : 0;
+    const int64_t item = item_size(dtype), elements = count ? high - low + 1 + 2 * margin : 0;
+    Array& array = add(name, role, dtype, static_cast<size_t>(elements * item));
+    for (size_t i = 0; i < array.size(); ++i)
+      array.data()[i] = plain ? 0 : static_cast<char>(random.next());
+    view.data = array.data() + (count ? (margin - low) * item : 0);
+    if (!count) return view;
+    int64_t index[N] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t offset = 0;
+      for (int n = 0; n < N; ++n) offset += index[n] * view.stride[n];
+      char* at = static_cast<char*>(view.data) + offset * item;
+      std::fill_n(&array.element[static_cast<size_t>(at - array.data())], item, 2);
+      array.element[static_cast<size_t>(at - array.data())] = 1;
+      if (!plain && !any_bytes_) {
+        const double value = random.uniform(range.low, range.high);
+        store(at, dtype, dtype == DType::f64 ? value : static_cast<float>(value));
+      }
+      for (int n = N - 1; n >= 0 && ++index[n] == size[n]; --n) index[n] = 0;
+    }
+    return view;
+  }
+
+  bool any_bytes_;
+  std::vector<std::unique_ptr<Array>> arrays_;
+};
+
+}  // namespace recurra::test

@@ -1,0 +1,333 @@
+// Every kernel on random shapes, dtypes and layouts: no byte outside an output is written, every
+// instruction set gives the same bits, and these are the equations' where they define the bits.
+//
+//   test_kernels                       the quick tier
+//   test_kernels --seconds 600         fuzzing: other seeds, numbers of random bytes
+//   test_kernels --concurrent          many calls at once, for ThreadSanitizer
+//   test_kernels --isa scalar          this instruction set alone, for Valgrind
+//   test_kernels --op NAME --seed N --cases 1   repeats one case that failed
+//
+// To add an op, write its function below and name it in kOps.
+#include <atomic>
+#include <chrono>
+#include <thread>
+
+#include "case.h"
+#include "linear_scan/linear_scan.h"
+#include "parallel.h"
+
+namespace recurra::test {
+namespace {
+
+struct Shape {
+  int64_t batch, time, channels;
+};
+
+// Around the sixteen lanes, and past the tiles of either kind now and then.
+Shape shape(Random& random) {
+  if (random.chance(10))
+    return {1, random.pick<int64_t>({257, 300}), random.pick<int64_t>({1, 33})};
+  return {random.pick<int64_t>({0, 1, 1, 1, 2, 3}),
+          random.pick<int64_t>({0, 1, 2, 3, 15, 16, 17, 33, 65, 70}),
+          random.pick<int64_t>({0, 1, 2, 7, 15, 16, 17, 31, 32, 33, 64, 65, 130, 260})};
+}
+
+DType activation(Random& random) {
+  return random.pick({DType::f32, DType::f32, DType::f64, DType::bf16, DType::f16});
+}
+DType state_of(DType d) { return d == DType::f64 ? d : DType::f32; }
+
+template <int N, class... I>
+double get(const View<N>& v, I... index) {
+  return v ? load(v.at(index...), v.dtype) : 0.0;
+}
+template <int N, class... I>
+void set(const View<N>& v, double value, I... index) {
+  if (v) store(v.at(index...), v.dtype, value);
+}
+
+template <class F>
+void in_compute_type(DType d, F f) {
+  computes_in_double(d) ? f(0.0) : f(0.0f);
+}
+
+// Calls f(sequence, first, last, step) with the order in which time is walked.
+template <class F>
+void walk(const Sequences& sequences, bool backwards, F f) {
+  for (int64_t n = 0; n < sequences.count; ++n) {
+    const Sequence s = sequences[n];
+    backwards ? f(n, s.batch, s.end - 1, s.begin - 1, -1) : f(n, s.batch, s.begin, s.end, 1);
+  }
+}
+
+Range gates(bool log_a) { return log_a ? Range{-3, 0.2} : Range{-1.1, 1.1}; }
+
+void linear_scan_case(Case& c, const Shape& s) {
+  LinearScan args;
+  const DType dtype = activation(c.random), state = state_of(dtype);
+  const auto one_of = [&](int64_t n) { return c.random.chance(25) ? 1 : n; };
+  args.log_a = c.random.chance(40);
+  args.reverse = c.random.chance(40);
+  args.sequences = c.sequences(s.batch, s.time);
+  args.a = c.input<3>("a", dtype, {one_of(s.batch), one_of(s.time), one_of(s.channels)},
+                      gates(args.log_a));
+  args.b = c.input<3>("b", dtype, {s.batch, s.time, s.channels});
+  args.h = c.output<3>("h", dtype, {s.batch, s.time, s.channels});
+  if (c.random.chance(60)) args.h0 = c.input<2>("h0", state, {args.sequences.count, s.channels});
+  args.h_last = c.output<2>("h_last", state, {args.sequences.count, s.channels});
+  c.run = [args] { linear_scan(args); };
+  View<1> offsets;
+  if (args.sequences.offsets)
+    offsets = c.indices("cu_seqlens", args.sequences.offsets, args.sequences.count + 1);
+  c.emulated = [args, offsets] { cuda::linear_scan(args, offsets, {}); };
+  if (args.log_a) return;
+  c.oracle = [args] {
+    in_compute_type(args.b.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      walk(args.sequences, args.reverse, [&](int64_t n, int64_t b, int64_t t0, int64_t t1, int by) {
+        for (int64_t d = 0; d < args.b.size[2]; ++d) {
+          T h = static_cast<T>(get(args.h0, n, d));
+          for (int64_t t = t0; t != t1; t += by) {
+            h = std::fma(static_cast<T>(get(args.a, b, t, d)), h,
+                         static_cast<T>(get(args.b, b, t, d)));
+            set(args.h, h, b, t, d);
+          }
+          set(args.h_last, h, n, d);
+        }
+      });
+    });
+  };
+}
+
+// On the device the values of cu_seqlens are not checked: none may lead out of the arrays.
+void hostile_cu_seqlens_case(Case& c, const Shape& s) {
+  LinearScan args;
+  const DType dtype = activation(c.random);
+  std::vector<int64_t> ends(static_cast<size_t>(1 + c.random.below(6)));
+  for (int64_t& end : ends)
+    end = c.random.pick<int64_t>({0, -1, s.time, s.time + 1, c.random.below(s.time + 1),
+                                  static_cast<int64_t>(c.random.next()), INT64_MIN, INT64_MAX});
+  args.sequences = {static_cast<int64_t>(ends.size()) - 1, s.time, nullptr};
+  args.reverse = c.random.chance(50);
+  args.a = c.input<3>("a", dtype, {1, s.time, s.channels});
+  args.b = c.input<3>("b", dtype, {1, s.time, s.channels});
+  args.h = c.output<3>("h", dtype, {1, s.time, s.channels});
+  args.h_last = c.output<2>("h_last", state_of(dtype), {args.sequences.count, s.channels});
+  const View<1> offsets = c.indices("cu_seqlens", ends.data(), args.sequences.count + 1);
+  c.emulated = [args, offsets] { cuda::linear_scan(args, offsets, {}); };
+}
+
+void linear_scan_backward_case(Case& c, const Shape& s) {
+  LinearScanBackward args;
+  const DType dtype = activation(c.random), state = state_of(dtype);
+  const auto one_of = [&](int64_t n) { return c.random.chance(20) ? 1 : n; };
+  const int64_t size[] = {s.batch, s.time, s.channels};
+  const int64_t gate[] = {one_of(s.batch), one_of(s.time), one_of(s.channels)};
+  args.log_a = c.random.chance(40);
+  args.reverse = c.random.chance(40);
+  args.sequences = c.sequences(s.batch, s.time);
+  const int64_t states[] = {args.sequences.count, s.channels};
+  args.a = c.input<3>("a", dtype, gate, gates(args.log_a));
+  args.h = c.input<3>("h", dtype, size);
+  if (c.random.chance(60)) args.h0 = c.input<2>("h0", state, states);
+  if (c.random.chance(80)) args.dh = c.input<3>("dh", dtype, size);
+  if (c.random.chance(60)) args.dh_last = c.input<2>("dh_last", state, states);
+  args.da = c.output<3>("da", dtype, gate);
+  args.db = c.output<3>("db", dtype, size);
+  args.dh0 = c.output<2>("dh0", state, states);
+  const bool reduced = !std::equal(size, size + 3, gate);
+  if (reduced) {
+    const int64_t blocks = gate[2] == size[2] ? size[2] : (size[2] + 15) / 16;
+    args.partial = c.output<3>("partial", state, {gate[0], gate[1], blocks}, true);
+  }
+  c.run = [args] { linear_scan_backward(args); };
+  if (reduced || args.log_a) return;
+  c.oracle = [args] {
+    in_compute_type(args.h.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      const auto number = [](double x) { return static_cast<T>(x); };
+      walk(args.sequences, !args.reverse,
+           [&](int64_t n, int64_t b, int64_t t0, int64_t t1, int by) {
+             for (int64_t d = 0; d < args.h.size[2]; ++d) {
+               T carry = number(get(args.dh_last, n, d));
+               for (int64_t t = t0; t != t1; t += by) {
+                 const T g = args.dh ? number(get(args.dh, b, t, d)) + carry : carry;
+                 const T before =
+                     number(t + by == t1 ? get(args.h0, n, d) : get(args.h, b, t + by, d));
+                 set(args.db, g, b, t, d);
+                 set(args.da, g * before, b, t, d);
+                 carry = number(get(args.a, b, t, d)) * g;
+               }
+               set(args.dh0, carry, n, d);
+             }
+           });
+    });
+  };
+}
+
+// Which state each row uses: some skip, none is used twice.
+std::vector<int64_t> slots(Random& random, int64_t rows, int64_t states) {
+  std::vector<int64_t> all(static_cast<size_t>(states));
+  for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int64_t>(i);
+  for (size_t i = all.size(); i > 1; --i)
+    std::swap(all[i - 1], all[static_cast<size_t>(random.below(static_cast<int64_t>(i)))]);
+  all.resize(static_cast<size_t>(rows));
+  for (int64_t& slot : all)
+    if (random.chance(25)) slot = -1 - random.below(3);
+  return all;
+}
+
+void linear_scan_step_case(Case& c, const Shape& s) {
+  LinearScanStep args;
+  const DType dtype = activation(c.random);
+  const auto one_of = [&](int64_t n) { return c.random.chance(25) ? 1 : n; };
+  const int64_t rows = s.time, states = rows + c.random.below(3);
+  args.log_a = c.random.chance(40);
+  if (states > rows || c.random.chance(50))
+    args.slots = c.integers("slots", slots(c.random, rows, states));
+  args.h = c.output<2>("h", state_of(dtype), {states, s.channels});
+  args.a = c.input<2>("a", dtype, {one_of(rows), one_of(s.channels)}, gates(args.log_a));
+  args.b = c.input<2>("b", dtype, {rows, s.channels});
+  args.out = c.output<2>("out", dtype, {rows, s.channels});
+  c.run = [args] { linear_scan_step(args); };
+  if (args.log_a) return;
+  c.oracle = [args] {
+    in_compute_type(args.b.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      for (int64_t n = 0; n < args.b.size[0]; ++n)
+        for (int64_t d = 0; d < args.b.size[1]; ++d) {
+          const int64_t slot = args.slots ? args.slots[n] : n;
+          T h = T(0);
+          if (slot >= 0) {
+            h = std::fma(static_cast<T>(get(args.a, n, d)), static_cast<T>(get(args.h, slot, d)),
+                         static_cast<T>(get(args.b, n, d)));
+            set(args.h, h, slot, d);
+          }
+          set(args.out, h, n, d);
+        }
+    });
+  };
+}
+
+struct Op {
+  const char* name;
+  void (*make)(Case&, const Shape&);
+  Shape large;  // outputs that a kernel writes past the caches
+};
+constexpr Op kOps[] = {
+    {"linear_scan", linear_scan_case, {1, 700, 3072}},
+    {"linear_scan_backward", linear_scan_backward_case, {1, 700, 3072}},
+    {"linear_scan_step", linear_scan_step_case, {1, 300, 512}},
+    {"hostile_cu_seqlens", hostile_cu_seqlens_case, {1, 300, 512}},
+};
+
+enum class Kind { quick, large, any_bytes };
+
+// One case on every instruction set that may be chosen; `alone` when no other thread calls kernels.
+void check(const Op& op, uint64_t seed, Kind kind, bool alone, const std::string& only = "") {
+  Case c(seed * 31 + static_cast<uint64_t>(&op - kOps), kind == Kind::any_bytes);
+  op.make(c, kind == Kind::large ? op.large : shape(c.random));
+  c.remember();
+  std::vector<std::vector<char>> wanted;
+  const auto compare = [&](const char* who) {
+    try {
+      c.check_untouched();
+      wanted.empty() ? void(wanted = c.results()) : c.check_results(wanted);
+    } catch (const std::exception& error) {
+      throw std::runtime_error(std::string(op.name) + ", seed " + std::to_string(seed) +
+                               (kind == Kind::any_bytes ? ", random bytes" : "") + ", " + who +
+                               ": " + error.what());
+    }
+    c.restore();
+  };
+  if (c.oracle) c.oracle(), compare("oracle");
+  if (c.emulated && kind != Kind::large) c.emulated(), compare("emulated CUDA");
+  if (!c.run) return;
+  if (!alone) return c.run(), compare(isa_name(isa()));
+  for (const char* name : {"scalar", "avx2", "avx512"}) {
+    if (!only.empty() && only != name) continue;
+    cap_isa(name);
+    if (std::strcmp(isa_name(isa()), name) == 0) c.run(), compare(name);
+  }
+}
+
+int main(int argc, char** argv) {
+  uint64_t seed = 1, cases = 400;
+  double seconds = 0;
+  bool concurrent = false;
+  std::string only, isa_only;
+  for (int i = 1; i < argc; ++i) {
+    const std::string flag = argv[i];
+    const char* value = i + 1 < argc ? argv[i + 1] : "";
+    if (flag == "--concurrent") {
+      concurrent = true;
+      continue;
+    }
+    ++i;
+    if (flag == "--seed") {
+      seed = std::strtoull(value, nullptr, 10);
+    } else if (flag == "--cases") {
+      cases = std::strtoull(value, nullptr, 10);
+    } else if (flag == "--seconds") {
+      seconds = std::atof(value);
+    } else if (flag == "--op") {
+      only = value;
+    } else if (flag == "--isa") {
+      isa_only = value;
+    } else {
+      std::fprintf(stderr, "unknown option %s\n", flag.c_str());
+      return 2;
+    }
+  }
+  const auto chosen = [&](const Op& op) { return only.empty() || only == op.name; };
+  set_thread_source([] { return 1; });
+  std::atomic<uint64_t> done{0};
+  const auto start = std::chrono::steady_clock::now();
+  const auto elapsed = [&] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  if (concurrent) {
+    std::atomic<bool> failed{false};
+    std::vector<std::thread> threads;
+    for (uint64_t n = 0; n < 4; ++n)
+      threads.emplace_back([&, n] {
+        try {
+          for (uint64_t i = n; i < cases; i += 4)
+            for (const Op& op : kOps)
+              if (chosen(op)) check(op, seed + i, Kind::quick, false), ++done;
+        } catch (const std::exception& error) {
+          std::fprintf(stderr, "test_kernels: %s\n", error.what());
+          failed = true;
+        }
+      });
+    for (std::thread& thread : threads) thread.join();
+    if (failed) return 1;
+    // Tasks of one call on several threads, where this build starts them by std::thread.
+    set_thread_source([] { return 4; });
+  }
+  try {
+    for (const Op& op : kOps) {
+      if (!chosen(op)) continue;
+      for (uint64_t i = 0; i < cases; ++i) {
+        check(op, seed + i, Kind::quick, true, isa_only);
+        if (i % 4 == 0) check(op, seed + i, Kind::any_bytes, true, isa_only);
+        ++done;
+      }
+      if (cases > 1) check(op, seed, Kind::large, true, isa_only);
+    }
+    for (uint64_t i = cases; elapsed() < seconds; ++i, ++done)
+      for (const Op& op : kOps)
+        if (chosen(op)) check(op, seed + i, i % 2 ? Kind::any_bytes : Kind::quick, true, isa_only);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "test_kernels: %s\n", error.what());
+    return 1;
+  }
+  std::printf("test_kernels: %llu cases passed in %.1f s\n",
+              static_cast<unsigned long long>(done.load()), elapsed());
+  return 0;
+}
+
+}  // namespace
+}  // namespace recurra::test
+
+int main(int argc, char** argv) { return recurra::test::main(argc, argv); }

@@ -1,0 +1,44 @@
+"""The CUDA library loads on every torch, also on one that was built without CUDA."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import recurra
+
+LIBRARY = Path(recurra.__file__).parent / "_ops_cuda.so"
+
+
+@pytest.mark.skipif(not LIBRARY.exists(), reason="built without nvcc")
+def test_loads_on_this_torch():
+    program = (
+        "import recurra, sys, torch\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "torch.ops.load_library(sys.argv[1])\n"
+        "assert has('recurra::linear_scan', 'CUDA')\n"
+        "a = torch.rand(2, 5, 3)\n"
+        "assert torch.equal(recurra.linear_scan(a, a)[0][:, 0], a[:, 0])\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(LIBRARY)], check=True, timeout=120)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("log_a", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_gpu_has_the_bits_of_the_cpu(dtype, log_a, reverse):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(3, 65, 33, generator=generator).to(dtype) for _ in range(2))
+    h0 = torch.rand(3, 33, generator=generator, dtype=torch.float64).to(
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+    on_cpu = recurra.linear_scan(a, b, h0, log_a=log_a, reverse=reverse)
+    on_gpu = recurra.linear_scan(a.cuda(), b.cuda(), h0.cuda(), log_a=log_a, reverse=reverse)
+    for cpu, gpu in zip(on_cpu, on_gpu, strict=True):
+        assert torch.equal(cpu, gpu.cpu())
