@@ -12,6 +12,7 @@
 #include <string>
 
 #include "bench/rates.h"
+#include "cells/evaluate.h"
 #include "parallel.h"
 #include "simd/isa.h"
 
@@ -24,18 +25,7 @@ std::atomic<int> chosen_threads{0};
 
 py::dict cpu_features() {
   py::dict flags;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-#define RECURRA_FLAG(NAME) flags[NAME] = __builtin_cpu_supports(NAME) != 0
-  RECURRA_FLAG("avx2");
-  RECURRA_FLAG("fma");
-  RECURRA_FLAG("f16c");
-  RECURRA_FLAG("avx512f");
-  RECURRA_FLAG("avx512bw");
-  RECURRA_FLAG("avx512vl");
-  RECURRA_FLAG("avx512dq");
-#undef RECURRA_FLAG
-#endif
+  for (const CpuFlag& flag : cpu_flags()) flags[flag.name] = flag.present;
   py::dict out;
   out["isa"] = isa_name(isa());
   out["best"] = isa_name(best_isa());
@@ -113,6 +103,49 @@ void define_rates(py::module_& m) {
         "Largest error, in units in the last place, of the exponential that kernels use.");
 }
 
+using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
+
+py::dict describe_cell(const std::string& name) {
+  const CellInfo* info = cell_info(name.c_str());
+  if (!info) throw std::invalid_argument("cell_info: no cell is named " + name);
+  py::dict out;
+  out["inputs"] = info->inputs;
+  out["states"] = info->states;
+  out["params"] = info->params;
+  out["output"] = info->states[static_cast<size_t>(info->output)];
+  return out;
+}
+
+py::tuple step_cell(const std::string& name, const Doubles& x, const Doubles& h, const Doubles& p) {
+  const CellInfo* info = cell_info(name.c_str());
+  if (!info) throw std::invalid_argument("evaluate_cell: no cell is named " + name);
+  const auto inputs = static_cast<py::ssize_t>(info->inputs.size()),
+             states = static_cast<py::ssize_t>(info->states.size()),
+             params = static_cast<py::ssize_t>(info->params.size());
+  const py::ssize_t n = h.ndim() == 2 ? h.shape(1) : -1;
+  const auto require = [&](const char* what, const Doubles& a, py::ssize_t rows) {
+    if (a.ndim() != 2 || a.shape(0) != rows || a.shape(1) != n)
+      throw std::invalid_argument(std::string("evaluate_cell: ") + what + " must have shape (" +
+                                  std::to_string(rows) + ", n)");
+  };
+  require("h", h, states);
+  require("x", x, inputs);
+  require("p", p, params);
+  py::array_t<double> out({states, n}), jacobian({states, inputs + states + params, n});
+  evaluate_cell(name.c_str(), x.data(), h.data(), p.data(), n, out.mutable_data(),
+                jacobian.mutable_data());
+  return py::make_tuple(out, jacobian);
+}
+
+void define_cells(py::module_& m) {
+  m.def("cell_names", &cell_names, "The names of all cells.");
+  m.def("cell_info", &describe_cell, py::arg("name"),
+        "The names of a cell's inputs, states and params, and of the state that is its output.");
+  m.def("evaluate_cell", &step_cell, py::arg("name"), py::arg("x"), py::arg("h"), py::arg("p"),
+        "One step in float64 of n channels: x (G, n), h (S, n), p (P, n) -> h (S, n) and the "
+        "Jacobian (S, G + S + P, n) in x, h and p.");
+}
+
 void define_machine(py::module_& m) {
   m.def("cpu_features", &cpu_features,
         "The instruction set in use (isa), the best of this machine (best) and its flags.");
@@ -127,6 +160,7 @@ void define_machine(py::module_& m) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Kernels and machine figures of recurra without torch.";
+  recurra::define_cells(m);
   recurra::define_machine(m);
   recurra::define_rates(m);
 }

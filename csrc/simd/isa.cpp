@@ -11,17 +11,19 @@ namespace {
 
 constexpr const char* kNames[] = {"scalar", "avx2", "avx512"};
 
+bool supports(const char* first, const char* last) {
+  bool all = true, inside = false;
+  for (const CpuFlag& flag : cpu_flags()) {
+    inside |= std::strcmp(flag.name, first) == 0;
+    if (inside) all &= flag.present;
+    if (std::strcmp(flag.name, last) == 0) break;
+  }
+  return inside && all;
+}
+
 Isa detect() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return Isa::avx512;
-  if (avx2) return Isa::avx2;
-#endif
-  return Isa::scalar;
+  if (supports("avx2", "avx512dq")) return Isa::avx512;
+  return supports("avx2", "f16c") ? Isa::avx2 : Isa::scalar;
 }
 
 Isa capped(const char* name) {
@@ -46,6 +48,19 @@ Isa isa() {
 }
 
 Isa best_isa() { return detect(); }
+
+std::vector<CpuFlag> cpu_flags() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#define RECURRA_FLAG(NAME) {NAME, __builtin_cpu_supports(NAME) != 0}
+  return {RECURRA_FLAG("avx2"),    RECURRA_FLAG("fma"),      RECURRA_FLAG("f16c"),
+          RECURRA_FLAG("avx512f"), RECURRA_FLAG("avx512bw"), RECURRA_FLAG("avx512vl"),
+          RECURRA_FLAG("avx512dq")};
+#undef RECURRA_FLAG
+#else
+  return {};
+#endif
+}
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 

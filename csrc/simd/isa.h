@@ -1,5 +1,6 @@
 // Which instruction set this process uses, and how a kernel compiled once per set is called.
 #pragma once
+#include <vector>
 
 namespace recurra {
 
@@ -10,6 +11,13 @@ Isa isa();
 // The best one, whatever the cap.
 Isa best_isa();
 const char* isa_name(Isa isa);
+
+// The processor's answer for each feature that the choice asks for.
+struct CpuFlag {
+  const char* name;
+  bool present;
+};
+std::vector<CpuFlag> cpu_flags();
 
 // Caps the choice from now on, as RECURRA_ISA does at the start; throws on an unknown name.
 void cap_isa(const char* name);
