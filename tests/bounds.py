@@ -77,6 +77,37 @@ class Rounded:
         value = self.value.exp()
         return self._round(value, value.abs() * torch.expm1(self.error), 4)
 
+    def exp_scaled(self) -> Rounded:
+        """exp as a power of two: the argument is scaled, multiplied and reduced in one unit each,
+        the result is within 3 ulp; a complex one has a cosine and a sine of the same kind."""
+        value = self.value.exp()
+        argument = self.error + 3 * self.unit.u * self.value.abs()
+        return self._round(value, value.abs() * torch.expm1(argument), 12)
+
+    def _function(self, value: Tensor, slope: float, units: float) -> Rounded:
+        return self._round(value, slope * self.error, units)
+
+    def sigmoid(self) -> Rounded:
+        return self._function(self.value.sigmoid(), 0.25, 6)
+
+    def softplus(self) -> Rounded:
+        zero = torch.zeros_like(self.value)
+        return self._function(torch.logaddexp(self.value, zero), 1, 6)
+
+    def silu(self) -> Rounded:
+        return self._function(torch.nn.functional.silu(self.value), 1.1, 6)
+
+    def silu_slope(self) -> Rounded:
+        one, s = self.exact(torch.ones_like(self.value)), self.sigmoid()
+        slope = s * (one + self.exact(self.value) * (one - s))
+        return Rounded(self.unit, slope.value, slope.error + 0.5 * self.error)
+
+    def conj(self) -> Rounded:
+        return self.map(lambda x: x.conj() if x.is_complex() else x)
+
+    def real(self) -> Rounded:
+        return self.map(lambda x: x.real if x.is_complex() else x)
+
     def sum_to(self, shape: tuple[int, ...]) -> Rounded:
         """Summed in whatever order: n terms bring n roundings of their absolute sum."""
         if tuple(self.value.shape) == tuple(shape):
@@ -187,3 +218,140 @@ def linear_scan(dtype, cotangents, a, b, h0=None, *, log_a=False, reverse=False,
         to_gate = gate[rows][:, steps] * g[:, 1:] if log_a else g[:, 1:]
         _put(da, (rows, steps), to_gate * before)
     return [h, last], {"a": da.sum_to(a.shape), "b": db, "h0": dh0}
+
+
+def causal_conv1d(
+    dtype, cotangents, x, weight, bias=None, h0=None, *, activation=None, cu_seqlens=None
+):
+    """y_t = act(bias + sum_j w_j x_{t-W+1+j}) and its gradients, as csrc/causal_conv1d."""
+    u = unit(dtype)
+    B, T, D = x.shape
+    W = weight.shape[1]
+    S = B if cu_seqlens is None else len(cu_seqlens) - 1
+    taps = [Rounded(u, double(weight)[:, j]) for j in range(W)]
+    first = _zeros(u, S, W - 1, D) if h0 is None else Rounded(u, double(h0))
+    dy, dh_last = (Rounded(u, double(c)) for c in cotangents)
+    y, dx = _zeros(u, B, T, D), _zeros(u, B, T, D)
+    last, dh0 = _zeros(u, S, W - 1, D), _zeros(u, S, W - 1, D)
+    to_taps, to_bias = [[] for _ in taps], []
+    for rows, n, steps in walks(B, T, cu_seqlens):
+        L = len(steps)
+        inputs = Rounded(u, torch.cat([first.value[n], double(x)[rows][:, steps]], 1))
+        s = _zeros(u, *inputs.value[:, W - 1 :].shape)
+        if bias is not None:
+            s = s + Rounded(u, double(bias).expand_as(s.value))
+        for j in range(W):
+            s = s + taps[j] * inputs[:, j : j + L]
+        _put(y, (rows, steps), s.silu() if activation else s)
+        _put(last, n, inputs[:, L:])
+        ds = dy[rows][:, steps]
+        if activation:
+            ds = ds * s.silu_slope()
+        g = inputs.exact(torch.zeros_like(inputs.value))
+        for j in range(W):
+            _put(g, (slice(None), slice(j, j + L)), g[:, j : j + L] + taps[j] * ds)
+            to_taps[j].append((ds * inputs[:, j : j + L]).sum_to((1, 1, D)))
+        _put(g, (slice(None), slice(L, L + W - 1)), g[:, L:] + dh_last[n])
+        to_bias.append(ds.sum_to((1, 1, D)))
+        _put(dh0, n, g[:, : W - 1])
+        _put(dx, (rows, steps), g[:, W - 1 :])
+
+    def total(parts: list[Rounded]) -> Rounded:
+        if not parts:
+            return _zeros(u, D)
+        joined = Rounded(u, *(torch.cat([getattr(p, f) for p in parts], 1) for f in _FIELDS))
+        return joined.sum_to((1, 1, D))[0, 0]
+
+    columns = [total(parts) for parts in to_taps]
+    dweight = Rounded(u, *(torch.stack([getattr(c, f) for c in columns], 1) for f in _FIELDS))
+    return [y, last], {"x": dx, "weight": dweight, "bias": total(to_bias), "h0": dh0}
+
+
+def selective_scan(
+    dtype,
+    cotangents,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    delta_bias=None,
+    *,
+    delta_softplus=False,
+    h0=None,
+    cu_seqlens=None,
+):
+    """The equations at the head of csrc/selective_scan/selective_scan.h."""
+    k = unit(dtype)
+    rows, T, width = u.shape
+    N = A.shape[1]
+    S = rows if cu_seqlens is None else len(cu_seqlens) - 1
+
+    def given(x: Tensor) -> Rounded:
+        return Rounded(k, double(x))
+
+    def per_channel(x: Tensor) -> Rounded:  # (B, T, D, N)
+        x = double(x)
+        grouped = x[:, :, None] if x.dim() == 3 else x
+        return Rounded(k, grouped.repeat_interleave(width // max(1, grouped.shape[2]), 2))
+
+    def to_groups(x: Rounded, like: Tensor) -> Rounded:
+        """Sums the gradient of B or C over the channels of each group."""
+        groups = 1 if like.dim() == 3 else like.shape[2]
+        apart = x.map(lambda v: v.reshape(rows, T, groups, width // groups, N))
+        total = apart.sum_to((rows, T, groups, 1, N)).map(lambda v: v.reshape(like.shape))
+        return total if like.is_complex() else total.real()
+
+    weight = given(torch.full((), 2.0 if A.is_complex() else 1.0))
+    x, a, b, c = given(u), given(A), per_channel(B), per_channel(C)
+    raw = given(delta) if delta_bias is None else given(delta) + given(delta_bias)
+    dt = raw.softplus() if delta_softplus else raw
+    gate = (dt[..., None] * a).exp_scaled()
+    dtu = dt * x
+    source = dtu[..., None] * b
+    dy, dh_last = (given(v) for v in cotangents)
+
+    state = torch.complex128 if A.is_complex() else torch.float64
+    before, after, g = (_zeros(k, rows, T, width, N, dtype=state) for _ in range(3))
+    last, dh0 = (_zeros(k, S, width, N, dtype=state) for _ in range(2))
+    first = _zeros(k, S, width, N, dtype=state) if h0 is None else given(h0)
+    Y = dy * given(z).silu() if z is not None else dy
+    to_h = (weight * Y)[..., None] * c.conj()
+    for r, n, steps in walks(rows, T, cu_seqlens):
+        states = scan(gate[r][:, steps], source[r][:, steps], first[n])
+        back = scan_back(gate[r][:, steps].conj(), to_h[r][:, steps], dh_last[n])
+        _put(before, (r, steps), states[:, :-1])
+        _put(after, (r, steps), states[:, 1:])
+        _put(last, n, states[:, -1])
+        _put(dh0, n, back[:, 0])
+        _put(g, (r, steps), back[:, 1:])
+
+    def over_states(v: Rounded) -> Rounded:
+        return v.real().sum_to((rows, T, width, 1))[..., 0]
+
+    y = weight * over_states(c * after)
+    if D is not None:
+        y = y + given(D) * x
+    p = over_states(g * b.conj())
+    q = g * (gate * before).conj()
+    ddt = x * p + over_states(a.conj() * q)
+    ddelta = ddt * raw.sigmoid() if delta_softplus else ddt
+    du = dt * p
+    if D is not None:
+        du = du + given(D) * Y
+    grads = {
+        "u": du,
+        "delta": ddelta,
+        "A": (dt[..., None] * q).sum_to((1, 1, width, N))[0, 0],
+        "B": to_groups(g * dtu[..., None], B),
+        "C": to_groups((weight * Y)[..., None] * after.conj(), C),
+        "D": (Y * x).sum_to((1, 1, width))[0, 0],
+        "delta_bias": ddelta.sum_to((1, 1, width))[0, 0],
+        "h0": dh0,
+    }
+    if z is not None:
+        grads["z"] = dy * y * given(z).silu_slope()
+        y = y * given(z).silu()
+    return [y, last], grads

@@ -27,7 +27,7 @@ def schemas() -> list[str]:
 
 def bench_text() -> str:
     """The programs that hold the bench cases: bench/ and what `recurra bench` runs."""
-    files = [*(ROOT / "bench").glob("*.py"), *(ROOT / "python/recurra").glob("bench*.py")]
+    files = [*(ROOT / "bench").glob("*.py"), *(ROOT / "python/recurra/bench").glob("*.py")]
     return "\n".join(path.read_text() for path in files)
 
 

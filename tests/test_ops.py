@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from bounds import double
 from opdb import OPS
 from support import (
     DTYPES,
@@ -43,6 +44,7 @@ def test_within_the_derived_bound(op, dtype):
 
 def _float64_function(op, args):
     """A function of the differentiable inputs alone, and those."""
+    args = replaced(args, lambda k, v: double(v))
     names = [k for k in op.differentiable if args.get(k) is not None]
     given = {k: v for k, v in args.items() if k not in names}
 
