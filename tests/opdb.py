@@ -211,6 +211,71 @@ def _linear_scan_errors() -> tuple[Arguments, list[ErrorInput]]:
     ]
 
 
+# ---- causal_conv1d ----------------------------------------------------------------------------
+
+
+def _parameter(draw: Draw, dtype: torch.dtype) -> torch.dtype:
+    """A parameter has the dtype of the activations or float32."""
+    return draw.choice((dtype, torch.float32))
+
+
+def _causal_conv1d(draw: Draw, B: int, T: int, D: int, dtype: torch.dtype, packed: bool):
+    cu_seqlens = draw.cu_seqlens(T) if packed else None
+    S = len(cu_seqlens) - 1 if packed else B
+    W = draw.choice((2, 3, 4, 4, 5, 8))
+    kind = _parameter(draw, dtype)
+    return {
+        "x": draw.normal(B, T, D, dtype=dtype),
+        "weight": draw.normal(D, W, dtype=kind),
+        "bias": draw.maybe(lambda: draw.normal(D, dtype=kind)),
+        "h0": draw.maybe(lambda: draw.normal(S, W - 1, D, dtype=state_dtype(dtype))),
+        "activation": draw.choice((None, "silu")),
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def _causal_conv1d_errors() -> tuple[Arguments, list[ErrorInput]]:
+    name = "causal_conv1d"
+    base = {"x": _zeros(2, 3, 4), "weight": _zeros(4, 3), "bias": None, "h0": None}
+    return base, [
+        ErrorInput({"x": _zeros(3, 4)}, f"{name}: x must have shape (B, T, D), got (3, 4)"),
+        ErrorInput(
+            {"x": _zeros(2, 3, 4, dtype=torch.int32)},
+            f"{name}: x must have dtype float32, float64, bfloat16 or float16, got int32",
+        ),
+        ErrorInput(
+            {"weight": _zeros(3, 4)},
+            f"{name}: weight must have shape (D, W >= 2) with D = 4, got (3, 4)",
+        ),
+        ErrorInput(
+            {"weight": _zeros(4, 1)},
+            f"{name}: weight must have shape (D, W >= 2) with D = 4, got (4, 1)",
+        ),
+        ErrorInput(
+            {"weight": _zeros(4, 3, dtype=torch.float64)},
+            f"{name}: weight must have dtype float32 where x has float32, got float64",
+        ),
+        ErrorInput(
+            {"weight": _zeros(4, 3, dtype=torch.bfloat16), "half": torch.float16},
+            f"{name}: weight must have dtype float16 or float32 where x has float16, got bfloat16",
+        ),
+        ErrorInput({"bias": _zeros(3)}, f"{name}: bias must have shape (D) with D = 4, got (3,)"),
+        ErrorInput(
+            {"h0": _zeros(2, 3, 4)},
+            f"{name}: h0 must have shape (S, W-1, D) with S = 2, W = 3, D = 4, got (2, 3, 4)",
+        ),
+        ErrorInput(
+            {"h0": _zeros(2, 2, 4, dtype=torch.float16)},
+            f"{name}: h0 must have dtype float32 where x has float32, got float16",
+        ),
+        ErrorInput(
+            {"activation": "relu"},
+            f'{name}: activation must be None or "silu", got "relu"',
+        ),
+        *_packed_errors(name, "x"),
+    ]
+
+
 OPS = [
     Op(
         name="linear_scan",
@@ -227,6 +292,23 @@ OPS = [
         step_inputs=("a", "b"),
         step_options=("log_a",),
         bench=("linear_scan",),
+    ),
+    Op(
+        name="causal_conv1d",
+        axes={"x": "BTD", "weight": "DW", "bias": "D", "h0": "SWD"},
+        outputs=("BTD", "SWD"),
+        lead="x",
+        activations=("x",),
+        differentiable=("x", "weight", "bias", "h0"),
+        make=_causal_conv1d,
+        errors=_causal_conv1d_errors,
+        model=bounds.causal_conv1d,
+        second_order=True,
+        func={"grad": "raises", "jvp": "raises", "vmap": "right"},
+        step_inputs=("x", "weight", "bias"),
+        step_options=("activation",),
+        bench=("causal_conv1d",),
+        split_gradients="bound",
     ),
 ]
 
