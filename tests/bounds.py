@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _HALF = (torch.bfloat16, torch.float16)
+_FIELDS = ("value", "error")
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Rounded:
         self.value = value
         self.error = torch.zeros(value.shape, dtype=torch.float64) if error is None else error
 
-    def _round(self, value: Tensor, error: Tensor, ulps: float = 1.0) -> Rounded:
-        return Rounded(self.unit, value, error + ulps * self.unit.u * value.abs() + self.unit.tiny)
+    def _round(self, value: Tensor, error: Tensor, units: float = 1.0) -> Rounded:
+        return Rounded(self.unit, value, error + units * self.unit.u * value.abs() + self.unit.tiny)
 
     def __add__(self, other: Rounded) -> Rounded:
         return self._round(self.value + other.value, self.error + other.error)
@@ -53,8 +54,10 @@ class Rounded:
         return self._round(self.value - other.value, self.error + other.error)
 
     def __mul__(self, other: Rounded) -> Rounded:
+        value = self.value * other.value
         error = self.value.abs() * other.error + other.value.abs() * self.error
-        return self._round(self.value * other.value, error + self.error * other.error)
+        # A complex product rounds twice a part: at most 2 sqrt(2) units of its absolute value.
+        return self._round(value, error + self.error * other.error, 3 if value.is_complex() else 1)
 
     def __getitem__(self, index) -> Rounded:
         return Rounded(self.unit, self.value[index], self.error[index])
@@ -74,6 +77,37 @@ class Rounded:
         value = self.value.exp()
         return self._round(value, value.abs() * torch.expm1(self.error), 4)
 
+    def exp_scaled(self) -> Rounded:
+        """exp as a power of two: the argument is scaled, multiplied and reduced in one unit each,
+        the result is within 3 ulp; a complex one has a cosine and a sine of the same kind."""
+        value = self.value.exp()
+        argument = self.error + 3 * self.unit.u * self.value.abs()
+        return self._round(value, value.abs() * torch.expm1(argument), 12)
+
+    def _function(self, value: Tensor, slope: float, units: float) -> Rounded:
+        return self._round(value, slope * self.error, units)
+
+    def sigmoid(self) -> Rounded:
+        return self._function(self.value.sigmoid(), 0.25, 6)
+
+    def softplus(self) -> Rounded:
+        zero = torch.zeros_like(self.value)
+        return self._function(torch.logaddexp(self.value, zero), 1, 6)
+
+    def silu(self) -> Rounded:
+        return self._function(torch.nn.functional.silu(self.value), 1.1, 6)
+
+    def silu_slope(self) -> Rounded:
+        one, s = self.exact(torch.ones_like(self.value)), self.sigmoid()
+        slope = s * (one + self.exact(self.value) * (one - s))
+        return Rounded(self.unit, slope.value, slope.error + 0.5 * self.error)
+
+    def conj(self) -> Rounded:
+        return self.map(lambda x: x.conj() if x.is_complex() else x)
+
+    def real(self) -> Rounded:
+        return self.map(lambda x: x.real if x.is_complex() else x)
+
     def sum_to(self, shape: tuple[int, ...]) -> Rounded:
         """Summed in whatever order: n terms bring n roundings of their absolute sum."""
         if tuple(self.value.shape) == tuple(shape):
@@ -88,14 +122,6 @@ class Rounded:
         """Written to memory in the storage dtype and read back."""
         error = self.unit.storage_u * (self.value.abs() + self.error) + self.unit.storage_tiny
         return Rounded(self.unit, self.value, self.error + error)
-
-
-def join(unit: Unit, parts: list[Rounded], dim: int, like: Tensor) -> Rounded:
-    """Stacks; `like` is what an empty stack is."""
-    if not parts:
-        return Rounded(unit, like)
-    stack = [torch.stack([getattr(p, f) for p in parts], dim) for f in ("value", "error")]
-    return Rounded(unit, *stack)
 
 
 def double(x: Tensor | None) -> Tensor | None:
@@ -118,36 +144,214 @@ def walks(batch: int, time: int, cu_seqlens: Tensor | None, reverse: bool = Fals
     return [(b, s, list(reversed(t) if reverse else t)) for b, s, t in spans]
 
 
+def scan(gate: Rounded, source: Rounded, first: Rounded) -> Rounded:
+    """h_t = gate_t h_{t-1} + source_t along dimension 1, with `first` before the others: T + 1
+    states."""
+    T = source.value.shape[1]
+    u, tiny = gate.unit.u, gate.unit.tiny
+    a, x = gate.value, source.value
+    size, grow = a.abs(), gate.error
+    h, e = first.value, first.error
+    states, errors = [h], [e]
+    units = 3 if a.is_complex() else 1
+    for t in range(T):
+        product = a[:, t] * h
+        e = (size[:, t] + grow[:, t]) * e + grow[:, t] * h.abs() + source.error[:, t]
+        h = product + x[:, t]
+        e = e + u * (units * product.abs() + h.abs()) + 2 * tiny
+        states.append(h)
+        errors.append(e)
+    return Rounded(gate.unit, torch.stack(states, 1), torch.stack(errors, 1))
+
+
+def scan_back(gate: Rounded, source: Rounded, last: Rounded) -> Rounded:
+    """g_t = source_t + gate_{t+1} g_{t+1}, with `last` added to the last: T states, and before
+    them gate_1 g_1, the cotangent of the state before the first step."""
+
+    def backwards(x: Rounded) -> Rounded:
+        return x.map(lambda v: v.flip(1))
+
+    if source.value.shape[1] == 0:
+        return last.map(lambda v: v[:, None])
+    one = gate[:, :1].map(torch.zeros_like)
+    one = gate.exact(one.value + 1)
+    shifted = Rounded(
+        gate.unit,
+        *(torch.cat([getattr(x, f) for x in (one, backwards(gate[:, 1:]))], 1) for f in _FIELDS),
+    )
+    g = backwards(scan(shifted, backwards(source), last)[:, 1:])
+    before = gate[:, 0] * g[:, 0]
+    return Rounded(
+        gate.unit, *(torch.cat([getattr(before, f)[:, None], getattr(g, f)], 1) for f in _FIELDS)
+    )
+
+
+def _put(to: Rounded, index, part: Rounded) -> None:
+    to.value[index], to.error[index] = part.value, part.error
+
+
+def _zeros(u: Unit, *shape: int, dtype=torch.float64) -> Rounded:
+    return Rounded(u, torch.zeros(shape, dtype=dtype))
+
+
 def linear_scan(dtype, cotangents, a, b, h0=None, *, log_a=False, reverse=False, cu_seqlens=None):
     """h_t = a_t h_{t-1} + b_t and its gradients, as csrc/linear_scan computes them."""
     u = unit(dtype)
     B, T, D = b.shape
-    states = B if cu_seqlens is None else len(cu_seqlens) - 1
+    S = B if cu_seqlens is None else len(cu_seqlens) - 1
     a_in, x = Rounded(u, double(a)), Rounded(u, double(b))
     gate = (a_in.exp() if log_a else a_in).expand(B, T, D)
-    first = Rounded(u, torch.zeros(states, D).double() if h0 is None else double(h0))
+    first = _zeros(u, S, D) if h0 is None else Rounded(u, double(h0))
     dh, dh_last = (Rounded(u, double(c)) for c in cotangents)
-
-    h = Rounded(u, torch.zeros(B, T, D).double())
-    da, db = h.exact(torch.zeros(B, T, D).double()), h.exact(torch.zeros(B, T, D).double())
-    last, dh0 = (h.exact(torch.zeros(states, D).double()) for _ in range(2))
-
-    def put(to: Rounded, index, part: Rounded) -> None:
-        to.value[index], to.error[index] = part.value, part.error
-
+    h, da, db = (_zeros(u, B, T, D) for _ in range(3))
+    last, dh0 = (_zeros(u, S, D) for _ in range(2))
     for rows, n, steps in walks(B, T, cu_seqlens, reverse):
-        state = first[n]
-        before = []
-        for t in steps:
-            before.append(state.stored() if before else state)  # the backward reads what was kept
-            state = gate[rows, t] * state + x[rows, t]
-            put(h, (rows, t), state)
-        put(last, n, state)
-        carry = dh_last[n]
-        for t in reversed(steps):
-            g = dh[rows, t] + carry
-            carry = gate[rows, t] * g
-            put(db, (rows, t), g)
-            put(da, (rows, t), (carry if log_a else g) * before.pop())
-        put(dh0, n, carry)
+        states = scan(gate[rows][:, steps], x[rows][:, steps], first[n])
+        g = scan_back(gate[rows][:, steps], dh[rows][:, steps], dh_last[n])
+        _put(h, (rows, steps), states[:, 1:])
+        _put(last, n, states[:, -1])
+        _put(dh0, n, g[:, 0])
+        _put(db, (rows, steps), g[:, 1:])
+        before = states[:, :-1].stored()  # the backward reads what the forward has written
+        if steps:
+            _put(before, (slice(None), 0), first[n])
+        to_gate = gate[rows][:, steps] * g[:, 1:] if log_a else g[:, 1:]
+        _put(da, (rows, steps), to_gate * before)
     return [h, last], {"a": da.sum_to(a.shape), "b": db, "h0": dh0}
+
+
+def causal_conv1d(
+    dtype, cotangents, x, weight, bias=None, h0=None, *, activation=None, cu_seqlens=None
+):
+    """y_t = act(bias + sum_j w_j x_{t-W+1+j}) and its gradients, as csrc/causal_conv1d."""
+    u = unit(dtype)
+    B, T, D = x.shape
+    W = weight.shape[1]
+    S = B if cu_seqlens is None else len(cu_seqlens) - 1
+    taps = [Rounded(u, double(weight)[:, j]) for j in range(W)]
+    first = _zeros(u, S, W - 1, D) if h0 is None else Rounded(u, double(h0))
+    dy, dh_last = (Rounded(u, double(c)) for c in cotangents)
+    y, dx = _zeros(u, B, T, D), _zeros(u, B, T, D)
+    last, dh0 = _zeros(u, S, W - 1, D), _zeros(u, S, W - 1, D)
+    to_taps, to_bias = [[] for _ in taps], []
+    for rows, n, steps in walks(B, T, cu_seqlens):
+        L = len(steps)
+        inputs = Rounded(u, torch.cat([first.value[n], double(x)[rows][:, steps]], 1))
+        s = _zeros(u, *inputs.value[:, W - 1 :].shape)
+        if bias is not None:
+            s = s + Rounded(u, double(bias).expand_as(s.value))
+        for j in range(W):
+            s = s + taps[j] * inputs[:, j : j + L]
+        _put(y, (rows, steps), s.silu() if activation else s)
+        _put(last, n, inputs[:, L:])
+        ds = dy[rows][:, steps]
+        if activation:
+            ds = ds * s.silu_slope()
+        g = inputs.exact(torch.zeros_like(inputs.value))
+        for j in range(W):
+            _put(g, (slice(None), slice(j, j + L)), g[:, j : j + L] + taps[j] * ds)
+            to_taps[j].append((ds * inputs[:, j : j + L]).sum_to((1, 1, D)))
+        _put(g, (slice(None), slice(L, L + W - 1)), g[:, L:] + dh_last[n])
+        to_bias.append(ds.sum_to((1, 1, D)))
+        _put(dh0, n, g[:, : W - 1])
+        _put(dx, (rows, steps), g[:, W - 1 :])
+
+    def total(parts: list[Rounded]) -> Rounded:
+        if not parts:
+            return _zeros(u, D)
+        joined = Rounded(u, *(torch.cat([getattr(p, f) for p in parts], 1) for f in _FIELDS))
+        return joined.sum_to((1, 1, D))[0, 0]
+
+    columns = [total(parts) for parts in to_taps]
+    dweight = Rounded(u, *(torch.stack([getattr(c, f) for c in columns], 1) for f in _FIELDS))
+    return [y, last], {"x": dx, "weight": dweight, "bias": total(to_bias), "h0": dh0}
+
+
+def selective_scan(
+    dtype,
+    cotangents,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D=None,
+    z=None,
+    delta_bias=None,
+    *,
+    delta_softplus=False,
+    h0=None,
+    cu_seqlens=None,
+):
+    """The equations at the head of csrc/selective_scan/selective_scan.h."""
+    k = unit(dtype)
+    rows, T, width = u.shape
+    N = A.shape[1]
+    S = rows if cu_seqlens is None else len(cu_seqlens) - 1
+
+    def given(x: Tensor) -> Rounded:
+        return Rounded(k, double(x))
+
+    def per_channel(x: Tensor) -> Rounded:  # (B, T, D, N)
+        x = double(x)
+        grouped = x[:, :, None] if x.dim() == 3 else x
+        return Rounded(k, grouped.repeat_interleave(width // max(1, grouped.shape[2]), 2))
+
+    def to_groups(x: Rounded, like: Tensor) -> Rounded:
+        """Sums the gradient of B or C over the channels of each group."""
+        groups = 1 if like.dim() == 3 else like.shape[2]
+        apart = x.map(lambda v: v.reshape(rows, T, groups, width // groups, N))
+        total = apart.sum_to((rows, T, groups, 1, N)).map(lambda v: v.reshape(like.shape))
+        return total if like.is_complex() else total.real()
+
+    weight = given(torch.full((), 2.0 if A.is_complex() else 1.0))
+    x, a, b, c = given(u), given(A), per_channel(B), per_channel(C)
+    raw = given(delta) if delta_bias is None else given(delta) + given(delta_bias)
+    dt = raw.softplus() if delta_softplus else raw
+    gate = (dt[..., None] * a).exp_scaled()
+    dtu = dt * x
+    source = dtu[..., None] * b
+    dy, dh_last = (given(v) for v in cotangents)
+
+    state = torch.complex128 if A.is_complex() else torch.float64
+    before, after, g = (_zeros(k, rows, T, width, N, dtype=state) for _ in range(3))
+    last, dh0 = (_zeros(k, S, width, N, dtype=state) for _ in range(2))
+    first = _zeros(k, S, width, N, dtype=state) if h0 is None else given(h0)
+    Y = dy * given(z).silu() if z is not None else dy
+    to_h = (weight * Y)[..., None] * c.conj()
+    for r, n, steps in walks(rows, T, cu_seqlens):
+        states = scan(gate[r][:, steps], source[r][:, steps], first[n])
+        back = scan_back(gate[r][:, steps].conj(), to_h[r][:, steps], dh_last[n])
+        _put(before, (r, steps), states[:, :-1])
+        _put(after, (r, steps), states[:, 1:])
+        _put(last, n, states[:, -1])
+        _put(dh0, n, back[:, 0])
+        _put(g, (r, steps), back[:, 1:])
+
+    def over_states(v: Rounded) -> Rounded:
+        return v.real().sum_to((rows, T, width, 1))[..., 0]
+
+    y = weight * over_states(c * after)
+    if D is not None:
+        y = y + given(D) * x
+    p = over_states(g * b.conj())
+    q = g * (gate * before).conj()
+    ddt = x * p + over_states(a.conj() * q)
+    ddelta = ddt * raw.sigmoid() if delta_softplus else ddt
+    du = dt * p
+    if D is not None:
+        du = du + given(D) * Y
+    grads = {
+        "u": du,
+        "delta": ddelta,
+        "A": (dt[..., None] * q).sum_to((1, 1, width, N))[0, 0],
+        "B": to_groups(g * dtu[..., None], B),
+        "C": to_groups((weight * Y)[..., None] * after.conj(), C),
+        "D": (Y * x).sum_to((1, 1, width))[0, 0],
+        "delta_bias": ddelta.sum_to((1, 1, width))[0, 0],
+        "h0": dh0,
+    }
+    if z is not None:
+        grads["z"] = dy * y * given(z).silu_slope()
+        y = y * given(z).silu()
+    return [y, last], grads

@@ -19,8 +19,12 @@ from support import DTYPES, Arguments, Draw, shapes
 
 @dataclass(frozen=True)
 class ErrorInput:
-    """Changes to a valid call and the sentence that they must bring. What depends on values, not
-    on shapes and dtypes, is `of_values` and only checked where values can be read."""
+    """Changes to a valid call and the sentence that they must bring.
+
+    The change "half" puts all activations in that dtype, "one row" cuts them to B = 1, as packed
+    sequences want. What depends on values, not on shapes and dtypes, is `of_values` and only
+    checked where values can be read.
+    """
 
     changes: Arguments
     message: str
@@ -125,7 +129,9 @@ def _packed_errors(op: str, lead: str) -> list[ErrorInput]:
 
     def one(message: str, offsets: list[int], dtype=torch.int64, of_values=True) -> ErrorInput:
         cu_seqlens = torch.tensor(offsets, dtype=dtype)
-        return ErrorInput({"cu_seqlens": cu_seqlens, "B": 1}, f"{op}: {message}", of_values)
+        return ErrorInput(
+            {"cu_seqlens": cu_seqlens, "one row": True}, f"{op}: {message}", of_values
+        )
 
     return [
         one("cu_seqlens must ascend, got 1 after 2 at index 2", [0, 2, 1, 3]),
@@ -204,10 +210,167 @@ def _linear_scan_errors() -> tuple[Arguments, list[ErrorInput]]:
             f"{name}: h0 must have dtype float32 where b has float16, got float16",
         ),
         ErrorInput(
-            {"cu_seqlens": torch.tensor([0, 1, 3]), "h0": _zeros(1, 4), "B": 1},
+            {"cu_seqlens": torch.tensor([0, 1, 3]), "h0": _zeros(1, 4), "one row": True},
             f"{name}: h0 must have shape (S, D) with S = 2, D = 4, got (1, 4)",
         ),
         *_packed_errors(name, "b"),
+    ]
+
+
+# ---- causal_conv1d ----------------------------------------------------------------------------
+
+
+def _parameter(draw: Draw, dtype: torch.dtype) -> torch.dtype:
+    """A parameter has the dtype of the activations or float32."""
+    return draw.choice((dtype, torch.float32))
+
+
+def _causal_conv1d(draw: Draw, B: int, T: int, D: int, dtype: torch.dtype, packed: bool):
+    cu_seqlens = draw.cu_seqlens(T) if packed else None
+    S = len(cu_seqlens) - 1 if packed else B
+    W = draw.choice((2, 3, 4, 4, 5, 8))
+    kind = _parameter(draw, dtype)
+    return {
+        "x": draw.normal(B, T, D, dtype=dtype),
+        "weight": draw.normal(D, W, dtype=kind),
+        "bias": draw.maybe(lambda: draw.normal(D, dtype=kind)),
+        "h0": draw.maybe(lambda: draw.normal(S, W - 1, D, dtype=state_dtype(dtype))),
+        "activation": draw.choice((None, "silu")),
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def _causal_conv1d_errors() -> tuple[Arguments, list[ErrorInput]]:
+    name = "causal_conv1d"
+    base = {"x": _zeros(2, 3, 4), "weight": _zeros(4, 3), "bias": None, "h0": None}
+    return base, [
+        ErrorInput({"x": _zeros(3, 4)}, f"{name}: x must have shape (B, T, D), got (3, 4)"),
+        ErrorInput(
+            {"x": _zeros(2, 3, 4, dtype=torch.int32)},
+            f"{name}: x must have dtype float32, float64, bfloat16 or float16, got int32",
+        ),
+        ErrorInput(
+            {"weight": _zeros(3, 4)},
+            f"{name}: weight must have shape (D, W >= 2) with D = 4, got (3, 4)",
+        ),
+        ErrorInput(
+            {"weight": _zeros(4, 1)},
+            f"{name}: weight must have shape (D, W >= 2) with D = 4, got (4, 1)",
+        ),
+        ErrorInput(
+            {"weight": _zeros(4, 3, dtype=torch.float64)},
+            f"{name}: weight must have dtype float32 where x has float32, got float64",
+        ),
+        ErrorInput(
+            {"weight": _zeros(4, 3, dtype=torch.bfloat16), "half": torch.float16},
+            f"{name}: weight must have dtype float16 or float32 where x has float16, got bfloat16",
+        ),
+        ErrorInput({"bias": _zeros(3)}, f"{name}: bias must have shape (D) with D = 4, got (3,)"),
+        ErrorInput(
+            {"h0": _zeros(2, 3, 4)},
+            f"{name}: h0 must have shape (S, W-1, D) with S = 2, W = 3, D = 4, got (2, 3, 4)",
+        ),
+        ErrorInput(
+            {"h0": _zeros(2, 2, 4, dtype=torch.float16)},
+            f"{name}: h0 must have dtype float32 where x has float32, got float16",
+        ),
+        ErrorInput(
+            {"activation": "relu"},
+            f'{name}: activation must be None or "silu", got "relu"',
+        ),
+        *_packed_errors(name, "x"),
+    ]
+
+
+# ---- selective_scan ---------------------------------------------------------------------------
+
+
+def _selective_scan(draw: Draw, B: int, T: int, D: int, dtype: torch.dtype, packed: bool):
+    cu_seqlens = draw.cu_seqlens(T) if packed else None
+    S = len(cu_seqlens) - 1 if packed else B
+    N = draw.choice((1, 2, 3, 5) if B * T * D > 5000 else (1, 3, 16, 17))
+    groups = draw.choice([()] * 2 + [(g,) for g in (1, 2, 3, 4) if D and D % g == 0])
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    imaginary = draw.choice((False, False, True))
+    complex_of = {torch.float64: torch.complex128}.get(dtype, torch.complex64)
+    kind = _parameter(draw, dtype)
+    A = -draw.uniform(0.05, 2, D, N, dtype=wide)
+    if imaginary:
+        A = torch.complex(A, draw.uniform(-3, 3, D, N, dtype=wide))
+    softplus = draw.choice((False, True))
+    if softplus:
+        delta = draw.normal(B, T, D, dtype=dtype)
+    else:
+        delta = draw.uniform(0.001, 0.5, B, T, D, dtype=dtype)
+    return {
+        "u": draw.normal(B, T, D, dtype=dtype),
+        "delta": delta,
+        "A": A if imaginary else A.to(kind),
+        "B": draw.normal(B, T, *groups, N, dtype=complex_of if imaginary else dtype),
+        "C": draw.normal(B, T, *groups, N, dtype=complex_of if imaginary else dtype),
+        "D": draw.maybe(lambda: draw.normal(D, dtype=kind)),
+        "z": draw.maybe(lambda: draw.normal(B, T, D, dtype=dtype)),
+        "delta_bias": draw.maybe(lambda: draw.uniform(0, 0.2, D, dtype=kind)),
+        "delta_softplus": softplus,
+        "h0": draw.maybe(
+            lambda: draw.normal(S, D, N, dtype=complex_of if imaginary else state_dtype(dtype))
+        ),
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def _selective_scan_errors() -> tuple[Arguments, list[ErrorInput]]:
+    name = "selective_scan"
+    base = {
+        "u": _zeros(2, 3, 4),
+        "delta": _zeros(2, 3, 4),
+        "A": _zeros(4, 5),
+        "B": _zeros(2, 3, 5),
+        "C": _zeros(2, 3, 5),
+    }
+    shape = "(B, T, N) or (B, T, G, N)"
+    sizes = "B = 2, T = 3, N = 5"
+    return base, [
+        ErrorInput({"u": _zeros(3, 4)}, f"{name}: u must have shape (B, T, D), got (3, 4)"),
+        ErrorInput(
+            {"u": _zeros(2, 4, 3), "delta": _zeros(2, 4, 3)},
+            f"{name}: u must have shape (B, T, D) with D = 4 as in A, got (2, 4, 3), which looks "
+            "like (B, D, L): pass u.transpose(1, 2), and likewise delta, z, B and C",
+        ),
+        ErrorInput(
+            {"delta": _zeros(2, 3, 5)},
+            f"{name}: delta must have shape (B, T, D) with B = 2, T = 3, D = 4, got (2, 3, 5)",
+        ),
+        ErrorInput({"A": _zeros(6, 5)}, f"{name}: A must have shape (D, N) with D = 4, got (6, 5)"),
+        ErrorInput(
+            {"B": _zeros(2, 3, 6)}, f"{name}: B must have shape {shape} with {sizes}, got (2, 3, 6)"
+        ),
+        ErrorInput(
+            {"C": _zeros(2, 3, 3, 5)},
+            f"{name}: the number of groups G of C must divide D = 4, got 3",
+        ),
+        ErrorInput(
+            {"B": _zeros(2, 3, 5, dtype=torch.complex64)},
+            f"{name}: B must be real where A is real",
+        ),
+        ErrorInput({"D": _zeros(3)}, f"{name}: D must have shape (D) with D = 4, got (3,)"),
+        ErrorInput(
+            {"z": _zeros(2, 3, 4, dtype=torch.bfloat16)},
+            f"{name}: z must have dtype float32 where u has float32, got bfloat16",
+        ),
+        ErrorInput(
+            {"delta_bias": _zeros(4, dtype=torch.float64)},
+            f"{name}: delta_bias must have dtype float32 where u has float32, got float64",
+        ),
+        ErrorInput(
+            {"h0": _zeros(2, 4, 4)},
+            f"{name}: h0 must have shape (S, D, N) with S = 2, D = 4, N = 5, got (2, 4, 4)",
+        ),
+        ErrorInput(
+            {"h0": _zeros(2, 4, 5, dtype=torch.complex64)},
+            f"{name}: h0 must be real where A is real",
+        ),
+        *_packed_errors(name, "u"),
     ]
 
 
@@ -227,6 +390,44 @@ OPS = [
         step_inputs=("a", "b"),
         step_options=("log_a",),
         bench=("linear_scan",),
+    ),
+    Op(
+        name="causal_conv1d",
+        axes={"x": "BTD", "weight": "DW", "bias": "D", "h0": "SWD"},
+        outputs=("BTD", "SWD"),
+        lead="x",
+        activations=("x",),
+        differentiable=("x", "weight", "bias", "h0"),
+        make=_causal_conv1d,
+        errors=_causal_conv1d_errors,
+        model=bounds.causal_conv1d,
+        second_order=True,
+        func={"grad": "raises", "jvp": "raises", "vmap": "right"},
+        step_inputs=("x", "weight", "bias"),
+        step_options=("activation",),
+        bench=("causal_conv1d",),
+        split_gradients="bound",
+    ),
+    Op(
+        name="selective_scan",
+        axes={
+            **dict.fromkeys(("u", "delta", "z"), "BTD"),
+            **dict.fromkeys(("B", "C"), "BTN/BTGN"),
+            **{"A": "DN", "D": "D", "delta_bias": "D", "h0": "SDN"},
+        },
+        outputs=("BTD", "SDN"),
+        lead="u",
+        activations=("u", "delta", "B", "C", "z"),
+        differentiable=("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "h0"),
+        make=_selective_scan,
+        errors=_selective_scan_errors,
+        model=bounds.selective_scan,
+        second_order=False,
+        func={"grad": "raises", "jvp": "raises", "vmap": "right"},
+        step_inputs=("u", "delta", "A", "B", "C", "D", "z", "delta_bias"),
+        step_options=("delta_softplus",),
+        bench=("selective_scan",),
+        split_gradients="bound",
     ),
 ]
 

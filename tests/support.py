@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import textwrap
@@ -354,14 +355,20 @@ def run_python(code: str, timeout: float = 120, **environment: str) -> str:
     """Runs a program beside these tests in a process of its own; returns what it printed."""
     # The package under test may be on the path of this process alone.
     path = os.pathsep.join([str(TESTS), *(p for p in sys.path if p)])
-    result = subprocess.run(
+    child = subprocess.Popen(
         [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(code)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
         env={**os.environ, "PYTHONPATH": path, **environment},
+        start_new_session=True,  # so that its own children can be ended with it
     )
-    assert result.returncode == 0, (
-        f"exit status {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
-    )
-    return result.stdout
+    try:
+        printed, errors = child.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        printed, errors = child.communicate()
+        errors += f"\nstill running after {timeout} s"
+    status = child.returncode
+    assert status == 0, f"exit status {status}\n{printed[-2000:]}\n{errors[-4000:]}"
+    return printed

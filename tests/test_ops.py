@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from bounds import double
 from opdb import OPS
 from support import (
     DTYPES,
@@ -34,12 +35,16 @@ TIER = "nightly" if NIGHTLY else "quick"
 @every_op
 @every_dtype
 def test_within_the_derived_bound(op, dtype):
-    for args in op.samples(dtype, TIER):
-        assert_right(op, args)
+    # 16-bit storage changes loads and stores alone: half of the shapes each.
+    half = {torch.bfloat16: 0, torch.float16: 1}.get(dtype)
+    for i, args in enumerate(op.samples(dtype, TIER)):
+        if half in (None, (i + i // 20) % 2) or NIGHTLY:
+            assert_right(op, args)
 
 
 def _float64_function(op, args):
     """A function of the differentiable inputs alone, and those."""
+    args = replaced(args, lambda k, v: double(v))
     names = [k for k in op.differentiable if args.get(k) is not None]
     given = {k: v for k, v in args.items() if k not in names}
 
@@ -71,7 +76,7 @@ def test_second_order(op):
         outputs = function(*inputs)
         first = torch.autograd.grad(outputs, inputs, cotangents(outputs), create_graph=True)
         with pytest.raises(RuntimeError) as error:
-            torch.autograd.grad([g.sum() for g in first], inputs, allow_unused=True)
+            torch.autograd.grad(first, inputs, cotangents(first), allow_unused=True)
         assert f"recurra: second derivative of {op.name} is not implemented" in str(error.value)
 
 
@@ -259,13 +264,13 @@ def _error_calls(op):
     assert len(errors) >= 8
     for error in errors:
         changes = dict(error.changes)
-        half, batch = changes.pop("half", None), changes.pop("B", None)
+        half, one_row = changes.pop("half", None), changes.pop("one row", False)
         args = {**base, **changes}
-        if half:  # all activations in 16 bits
+        if half:
             args = {k: v.to(half) if k in op.activations else v for k, v in args.items()}
-        if batch:  # the activations of one batch row, as packed sequences want
+        if one_row:
             args = {
-                k: v[:batch] if k in op.activations and k not in changes and v is not None else v
+                k: v[:1] if k in op.activations and k not in changes and v is not None else v
                 for k, v in args.items()
             }
         yield args, error

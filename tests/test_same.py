@@ -235,9 +235,14 @@ def test_special_values_stay_where_they_belong(op, dtype):
             ):
                 outside = ~_reached(letters_out, y.shape, *reach, after)
                 assert torch.equal(bits(y)[outside], bits(before)[outside]), f"forward: {context}"
-                if value != special[-1]:
-                    assert torch.equal(y.isnan(), want.isnan()), f"NaN pattern: {context}"
-                    assert torch.equal(y.isinf(), want.isinf()), f"Inf pattern: {context}"
+                # What the reference makes of it in the same dtype. It may lose more to infinity
+                # than the kernel, as silu(-Inf) = -0 shows, but not to NaN.
+                context = f"forward: {context}"
+                if value != value:
+                    assert torch.equal(y.isnan(), want.isnan()), context
+                elif value != special[-1]:
+                    assert not (y.isnan() & ~want.isnan()).any(), context
+                    assert not (~y.isfinite() & want.isfinite()).any(), context
         for i, (t, c) in enumerate(sites):
             value = special[(i + turn) % len(special)]
             loud = cots[0].clone()

@@ -219,7 +219,9 @@ void finish_BC(const SelectiveScanBackward& args, const View<4>& out, const T* s
         for (int64_t n0 = 0; n0 < rows; n0 += kLanes) {
           const int lanes = at_most_lanes(rows - n0);
           const T* from = sums + (g * per_group * steps + step) * rows + n0;
-          Vec<T> total = Vec<T>::load(from, lanes);
+          // Without channels there is nothing to read, not even a first span.
+          Vec<T> total(T(0));
+          if (per_group > 0) total = Vec<T>::load(from, lanes);
           for (int64_t span = 1; span < per_group; ++span)
             total = total + Vec<T>::load(from + span * steps * rows, lanes);
           if (!args.complex && out.step(3) == 1) {

@@ -63,7 +63,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward_cpu(
   const DType dtype = dtype_of(x);
   Tensor dx = empty_like(x), dweight = empty_like(weight);
   Tensor dbias = bias ? empty_like(*bias) : empty(weight, {channels}, dtype_of(weight));
-  Tensor dh0 = empty(x, {args.sequences.count, taps - 1, channels}, state_dtype(dtype));
+  Tensor dh0 = h0 ? empty_like(*h0)
+                  : empty(x, {args.sequences.count, taps - 1, channels}, state_dtype(dtype));
   Tensor partial = empty(x, {args.span_count, taps + 1, channels},
                          computes_in_double(dtype) ? DType::f64 : DType::f32);
   args.dy = view<3>(dy);

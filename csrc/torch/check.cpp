@@ -251,8 +251,11 @@ constexpr ScalarType kScalarTypes[] = {
 }  // namespace
 
 void fail(const char* op, const std::string& message) {
-  const char* name = op[0] == '_' ? op + 1 : op;
-  throw std::runtime_error(std::string(name) + ": " + message);
+  // An op of our own is called by the name that the user called: _OP_save is OP with grad enabled.
+  std::string name = op[0] == '_' ? op + 1 : op;
+  if (op[0] == '_' && name.size() > 5 && name.compare(name.size() - 5, 5, "_save") == 0)
+    name.resize(name.size() - 5);
+  throw std::runtime_error(name + ": " + message);
 }
 
 void check(const char* op, std::initializer_list<Argument> arguments) {

@@ -43,9 +43,9 @@ constexpr Op kOps[] = {
      SELECTIVE_SCAN_REQUIREMENTS " h0:state*?(S,D,N)"},
     {"_selective_scan_backward(Tensor? dy, Tensor? dh_last, Tensor saved, Tensor u, Tensor delta, "
      "Tensor A, Tensor B, Tensor C, Tensor? D=None, Tensor? z=None, Tensor? delta_bias=None, *, "
-     "bool delta_softplus=False, Tensor? cu_seqlens=None) -> (Tensor, Tensor, Tensor, Tensor, "
-     "Tensor, Tensor, Tensor, Tensor, Tensor)",
-     SELECTIVE_SCAN_REQUIREMENTS " dy:act?(B,T,D) dh_last:state*?(S,D,N)"},
+     "bool delta_softplus=False, Tensor? h0=None, Tensor? cu_seqlens=None) -> (Tensor, Tensor, "
+     "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+     SELECTIVE_SCAN_REQUIREMENTS " h0:state*?(S,D,N) dy:act?(B,T,D) dh_last:state*?(S,D,N)"},
     {"selective_scan_step(Tensor(a!) h, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
      "Tensor? D=None, Tensor? z=None, Tensor? delta_bias=None, *, bool delta_softplus=False, "
      "Tensor? slots=None) -> Tensor",

@@ -168,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 selective_scan_backward_cpu(OptionalTensor dy, OptionalTensor dh_last, Tensor saved, Tensor u,
                             Tensor delta, Tensor A, Tensor B, Tensor C, OptionalTensor D,
                             OptionalTensor z, OptionalTensor delta_bias, bool delta_softplus,
-                            OptionalTensor cu_seqlens) {
+                            OptionalTensor h0, OptionalTensor cu_seqlens) {
   constexpr const char* op = "_selective_scan_backward";
   check(op, {{"u", u},
              {"delta", delta},
@@ -180,6 +180,7 @@ selective_scan_backward_cpu(OptionalTensor dy, OptionalTensor dh_last, Tensor sa
              {"delta_bias", delta_bias},
              {"dy", dy},
              {"dh_last", dh_last},
+             {"h0", h0},
              {"cu_seqlens", cu_seqlens}});
   check_groups(op, u.size(2), "B", B, 2, 4);
   check_groups(op, u.size(2), "C", C, 2, 4);
@@ -214,7 +215,9 @@ selective_scan_backward_cpu(OptionalTensor dy, OptionalTensor dh_last, Tensor sa
   Tensor dz = z ? empty_like(*z) : empty(u, {0}, dtype_of(u));
   Tensor dD = D ? empty_like(*D) : empty(u, {0}, dtype_of(u));
   Tensor dbias = delta_bias ? empty_like(*delta_bias) : empty(u, {0}, dtype_of(u));
-  Tensor dh0 = empty(u, {count, u.size(2), A.size(1)}, lane_state_dtype(u, A));
+  // The values of h0 are in `saved`; here it only says how its gradient lies.
+  Tensor dh0 = h0 ? empty_like(*h0)
+                  : empty(u, {count, u.size(2), A.size(1)}, lane_state_dtype(u, A));
   Tensor lanes_A = empty(u, {rows, padded}, compute);
   Tensor carry = empty(u, {args.parts, rows, padded}, compute);
   Tensor sum_A = zeros(u, {args.parts, rows, padded}, compute);

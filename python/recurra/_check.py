@@ -34,7 +34,10 @@ class _Rule(NamedTuple):
 
 
 def fail(op: str, message: str) -> NoReturn:
-    raise RuntimeError(f"{op.removeprefix('_')}: {message}")
+    # An op of our own is called by the name that the user called: _OP_save is OP with grad enabled.
+    if op.startswith("_"):
+        op = op[1:].removesuffix("_save")
+    raise RuntimeError(f"{op}: {message}")
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

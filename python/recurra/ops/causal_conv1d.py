@@ -113,7 +113,10 @@ def _(dy, dh_last, x, weight, bias=None, h0=None, *, activation=None, cu_seqlens
     )
     _check_activation(op, activation)
     dbias = weight.new_empty(sizes["D"]) if bias is None else torch.empty_like(bias)
-    dh0 = x.new_empty((sizes["S"], sizes["W"] - 1, sizes["D"]), dtype=state_dtype(x.dtype))
+    if h0 is None:
+        dh0 = x.new_empty((sizes["S"], sizes["W"] - 1, sizes["D"]), dtype=state_dtype(x.dtype))
+    else:
+        dh0 = torch.empty_like(h0)
     return torch.empty_like(x), torch.empty_like(weight), dbias, dh0
 
 

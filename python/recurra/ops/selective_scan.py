@@ -240,6 +240,7 @@ def _(
     delta_bias=None,
     *,
     delta_softplus=False,
+    h0=None,
     cu_seqlens=None,
 ):
     op = "_selective_scan_backward"
@@ -255,6 +256,7 @@ def _(
         delta_bias=delta_bias,
         dy=dy,
         dh_last=dh_last,
+        h0=h0,
         cu_seqlens=cu_seqlens,
     )
     _check_rest(op, 1, A, B, C, dh_last, "dh_last", sizes["D"])
@@ -262,7 +264,10 @@ def _(
         u.new_empty(0) if x is None else torch.empty_like(x)
         for x in (u, delta, A, B, C, D, z, delta_bias)
     ]
-    dh0 = u.new_empty(sizes["S"], sizes["D"], sizes["N"], dtype=_state_dtype(u, A))
+    if h0 is None:
+        dh0 = u.new_empty(sizes["S"], sizes["D"], sizes["N"], dtype=_state_dtype(u, A))
+    else:
+        dh0 = torch.empty_like(h0)
     return *like, dh0
 
 
@@ -292,21 +297,20 @@ _INPUTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
 def _setup(ctx, inputs, output):
     ctx.delta_softplus = inputs["delta_softplus"]
-    ctx.has_h0 = inputs["h0"] is not None
-    ctx.save_for_backward(*(inputs[k] for k in _INPUTS), inputs["cu_seqlens"], output[2])
+    kept = (*_INPUTS, "h0", "cu_seqlens")
+    ctx.save_for_backward(*(inputs[k] for k in kept), output[2])
 
 
 def _backward(ctx, dy, dh_last, _):
-    *inputs, cu_seqlens, saved = ctx.saved_tensors
-    *gradients, dh0 = _backward_op(
-        dy, dh_last, saved, *inputs, delta_softplus=ctx.delta_softplus, cu_seqlens=cu_seqlens
-    )
+    *inputs, h0, cu_seqlens, saved = ctx.saved_tensors
+    options = {"delta_softplus": ctx.delta_softplus, "h0": h0, "cu_seqlens": cu_seqlens}
+    *gradients, dh0 = _backward_op(dy, dh_last, saved, *inputs, **options)
     given = {
         name: gradient
         for name, gradient, x in zip(_INPUTS, gradients, inputs, strict=True)
         if x is not None
     }
-    return given | ({"h0": dh0} if ctx.has_h0 else {})
+    return given | ({} if h0 is None else {"h0": dh0})
 
 
 _register.autograd("_selective_scan_save", _setup, _backward)

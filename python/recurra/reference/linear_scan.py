@@ -26,11 +26,14 @@ def linear_scan(
         gate, x = a[:, span], b[:, span]
         if h is None:
             h = b.new_zeros(b.shape[0], b.shape[2])
-        steps = range(x.shape[1])
-        states = [h] * x.shape[1]
-        for t in reversed(steps) if reverse else steps:
-            h = gate[:, t] * h + x[:, t]
-            states[t] = h
+        # unbind, because the gradient of an index would be a tensor of the whole size each time.
+        steps = list(zip(gate.unbind(1), x.unbind(1), strict=True))
+        states = []
+        for a_t, b_t in reversed(steps) if reverse else steps:
+            h = a_t * h + b_t
+            states.append(h)
+        if reverse:
+            states.reverse()
         return (torch.stack(states, 1) if states else x), h
 
     h, h_last = unpack(scan, b, h0, cu_seqlens)

@@ -37,10 +37,11 @@ def selective_scan(
         if h is None:
             h = A.new_zeros(u.shape[0], *A.shape)
         outputs = []
-        for t in range(span.start, span.stop):
-            step, x = dt[:, t, :, None], u[:, t, :, None]
-            h = (step * A).exp() * h + step * x * B[:, t]
-            outputs.append(weight * (C[:, t] * h).sum(-1).real)
+        # unbind, because the gradient of an index would be a tensor of the whole size each time.
+        each = (v[:, span].unbind(1) for v in (dt[..., None], u[..., None], B, C))
+        for step, x, b, c in zip(*each, strict=True):
+            h = (step * A).exp() * h + step * x * b
+            outputs.append(weight * (c * h).sum(-1).real)
         return (torch.stack(outputs, 1) if outputs else u[:, span]), h
 
     y, h_last = unpack(scan, u, h0, cu_seqlens)
