@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import recurra
-from recurra.bench import peers
+from recurra.bench import default, peers
 from recurra.bench.floors import Floor
 from recurra.bench.memory import peak_memory
 from recurra.bench.timing import import_seconds, per_call
@@ -518,7 +518,7 @@ def case(op: str, shape: tuple[int, ...], kind: str) -> Case:
 
 
 def table() -> list[Case]:
-    """Every case that has targets."""
+    """Every case with targets, and one for each op that has none."""
     shapes = {
         "selective_scan": SELECTIVE_SHAPES,
         "linear_scan": LINEAR_SHAPES,
@@ -544,7 +544,23 @@ def table() -> list[Case]:
         )
         for op in shapes
     ]
+    cases += [
+        Case(op, (), FORWARD, functools.partial(_default, op))
+        for op in default.public_ops()
+        if op not in shapes
+    ]
     return [*cases, Case(IMPORT, (), "", _import)]
+
+
+def _default(op: str, with_peers: bool) -> Built:
+    """An op without a case of its own, on inputs made from what it requires."""
+    arguments = default.inputs(op)
+    moved = default.moved_bytes(op)
+    return Built(
+        lambda: default.verify(op),
+        {"recurra": lambda: getattr(recurra, op)(**arguments)},
+        Floor(bytes=moved, footprint=moved),
+    )
 
 
 def select(patterns: list[str], ops: list[str]) -> list[Case]:

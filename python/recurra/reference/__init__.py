@@ -4,6 +4,7 @@ Same arguments, shapes and results as the functions of :mod:`recurra`; slow on p
 differentiable by torch itself.
 """
 
+from recurra.reference import cells
 from recurra.reference.causal_conv1d import causal_conv1d, causal_conv1d_step
 from recurra.reference.linear_scan import linear_scan, linear_scan_step
 from recurra.reference.selective_scan import selective_scan, selective_scan_step
@@ -11,6 +12,7 @@ from recurra.reference.selective_scan import selective_scan, selective_scan_step
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
+    "cells",
     "linear_scan",
     "linear_scan_step",
     "selective_scan",
