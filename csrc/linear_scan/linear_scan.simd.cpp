@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kTile = 4096;           // elements of a tile
 constexpr int64_t kWidest = 1024;         // channels of a row
 constexpr int64_t kAhead = 16;            // rows by which parts of rows are prefetched
-constexpr int64_t kColumnsAhead = 64;     // steps by which columns are prefetched
+constexpr int64_t kColumnsAhead = 32;     // steps by which columns are prefetched
 constexpr int64_t kGroup = 16;            // steps that are summed before they join a gradient
 constexpr int64_t kStreamFrom = 8 << 20;  // bytes of output that no cache is asked to hold
 
@@ -29,13 +29,15 @@ bool by_row(const View<3>& v) { return v.step(2) == 1 || v.size[2] == 1; }
 
 // Rows that need no tile may be long: every stream then is one that the machine sees coming.
 // Otherwise wide tiles where channels are contiguous, tall ones where time is. Some eight tasks
-// saturate the memory.
+// saturate the memory, and two do so sooner with rows of 512 bytes than four with 256.
 Cut cut(const View<3>& lead, int64_t sequences, bool tiled) {
   const bool time_first = lead.step(2) != 1 && (lead.step(1) == 1 || lead.step(1) == -1);
   int64_t width = !tiled ? kWidest : time_first ? 64 : 256;
   const int64_t channels = lead.size[2];
   const auto blocks = [&] { return (channels + width - 1) / width; };
-  while (width > (time_first ? 16 : 64) && sequences * blocks() < 8) width /= 2;
+  while (width > (time_first ? 16 : 64) &&
+         sequences * blocks() < (time_first || width > 128 ? 8 : 2))
+    width /= 2;
   return {width, kTile / width, blocks()};
 }
 
