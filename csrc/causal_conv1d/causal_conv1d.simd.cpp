@@ -16,6 +16,8 @@ namespace {
 
 constexpr int64_t kStreamFrom = 4 << 20;  // bytes of output that no cache is asked to hold
 
+constexpr int64_t kRows = 8;  // steps by which lines along channels advance together
+
 constexpr int64_t up16(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -128,10 +130,11 @@ Parameters<T> load_parameters(const View<2>& weight, const View<1>& bias, int64_
 // f(i, bias + sum_j w_j x_{i,j}) for each vector i. W = 0 stands for any number of taps.
 template <class T, int W, class F>
 RECURRA_INLINE void convolve(const T* x, int64_t step, int64_t tap, int64_t vectors,
-                             const T* weights, int64_t taps, Vec<T> bias, const F& f) {
+                             const T* weights, int64_t weight_step, int64_t taps, Vec<T> bias,
+                             const F& f) {
   if constexpr (W > 0) {
     Vec<T> w[W];
-    for_each_index<W>([&](auto j) { w[j] = Vec<T>::load(weights + j * kLanes); });
+    for_each_index<W>([&](auto j) { w[j] = Vec<T>::load(weights + j * weight_step); });
     for (int64_t i = 0; i < vectors; ++i) {
       Vec<T> s = bias;
       for_each_index<W>(
@@ -142,7 +145,7 @@ RECURRA_INLINE void convolve(const T* x, int64_t step, int64_t tap, int64_t vect
     for (int64_t i = 0; i < vectors; ++i) {
       Vec<T> s = bias;
       for (int64_t j = 0; j < taps; ++j)
-        s = fma(Vec<T>::load(weights + j * kLanes), Vec<T>::load(x + i * step + j * tap), s);
+        s = fma(Vec<T>::load(weights + j * weight_step), Vec<T>::load(x + i * step + j * tap), s);
       f(i, s);
     }
   }
@@ -247,8 +250,22 @@ struct Tiles {
     return buffer;
   }
 
+  // Where steps from the first one on are computed: in place where they lie in whole vectors.
+  Grid<T> target(const Plane& p, const Grid<T>& buffer) const {
+    if (cut.along_time || !rows_in_place<T>(p, nc)) return buffer;
+    return {reinterpret_cast<T*>(p.data), p.stride_t, 1};
+  }
+
+  // Whether a target in place, and not the buffer, may be written past the caches.
+  bool on_lines(const Grid<T>& to, const Grid<T>& buffer) const {
+    return to.origin != buffer.origin &&
+           (reinterpret_cast<uintptr_t>(to.origin) | static_cast<uintptr_t>(to.t) * sizeof(T)) %
+                   64 ==
+               0;
+  }
+
   void store(const Plane& p, int64_t from, int64_t to, const Grid<T>& g, bool stream) const {
-    if (!p || to <= from) return;
+    if (!p || to <= from || p.at(from, 0).data == reinterpret_cast<char*>(g.at(from, 0))) return;
     if (cut.along_time)
       store_tile<T>(swapped(p.at(from, 0)), nc, to - from, g.at(from, 0), g.c, stream);
     else
@@ -261,23 +278,34 @@ struct Tiles {
   void convolve_tile(const Grid<T>& in, int64_t lead, int64_t from, int64_t to,
                      const Tile<T>& weight, bool flip, const T* bias, const Grid<T>& out,
                      const Grid<T>& other, const F& f) const {
-    const int64_t vectors = cut.vectors(to - from);
-    for (int64_t line = 0; line < cut.lines(nc); ++line) {
-      for (int64_t j = 0; j < cut.taps; ++j)
-        lane_values(weight.row(flip ? cut.taps - 1 - j : j), line).store(weight_lanes + j * kLanes);
-      const Vec<T> start = bias ? lane_values(bias, line) : Vec<T>(T(0));
-      const T* x = in.at(from + lead, 0) + line * cut.line_step(in);
-      T* to_out = out.at(from, 0) + line * cut.line_step(out);
-      const T* to_other = other.at(from, 0) + line * cut.line_step(other);
-      const int64_t step = cut.vector_step(in), out_step = cut.vector_step(out),
-                    other_step = cut.vector_step(other);
-      for_width(cut.taps, [&](auto w) {
-        convolve<T, w.value>(x, step, in.t, vectors, weight_lanes, cut.taps, start,
-                             [&](int64_t i, Vec<T> s) RECURRA_LAMBDA {
-                               f(to_out + i * out_step, to_other + i * other_step, s);
-                             });
-      });
-    }
+    const int64_t vectors = cut.vectors(to - from), lines = cut.lines(nc);
+    // Lines along channels advance together, some steps at a time, so that memory is walked as it
+    // lies.
+    const int64_t group = cut.along_time ? vectors : kRows;
+    const int64_t step = cut.vector_step(in), out_step = cut.vector_step(out),
+                  other_step = cut.vector_step(other);
+    for_width(cut.taps, [&](auto w) {
+      for (int64_t first = 0; first < vectors; first += group)
+        for (int64_t line = 0; line < lines; ++line) {
+          const T* weights = weight.row(flip ? cut.taps - 1 : 0) + line * kLanes;
+          int64_t weight_step = flip ? -weight.stride : weight.stride;
+          Vec<T> start = bias ? lane_values(bias, line) : Vec<T>(T(0));
+          if (cut.along_time) {
+            for (int64_t j = 0; j < cut.taps; ++j)
+              Vec<T>(weight.row(flip ? cut.taps - 1 - j : j)[line])
+                  .store(weight_lanes + j * kLanes);
+            weights = weight_lanes;
+            weight_step = kLanes;
+          }
+          const T* x = in.at(from + lead, 0) + line * cut.line_step(in) + first * step;
+          T* to_out = out.at(from, 0) + line * cut.line_step(out) + first * out_step;
+          const T* to_other = other.at(from, 0) + line * cut.line_step(other) + first * other_step;
+          convolve<T, w.value>(x, step, in.t, least(group, vectors - first), weights, weight_step,
+                               cut.taps, start, [&](int64_t i, Vec<T> s) RECURRA_LAMBDA {
+                                 f(to_out + i * out_step, to_other + i * other_step, s);
+                               });
+        }
+    });
   }
 
   RECURRA_INLINE Vec<T> lane_values(const T* row, int64_t line) const {
@@ -355,12 +383,14 @@ void forward(const CausalConv1d& args) {
         do {
           const int64_t steps = least(shape.steps, end - t0);
           const Grid<T> inputs = tiles.load_inputs(x, h0, t0, steps, in);
-          tiles.convolve_tile(inputs, 1 - W, 0, steps, p.weight, false, p.bias.data, out, out,
-                              [&](T* to, const T*, Vec<T> v) RECURRA_LAMBDA {
+          const Grid<T> to = tiles.target(y.at(t0, 0), out);
+          const bool past = stream && tiles.on_lines(to, out);
+          tiles.convolve_tile(inputs, 1 - W, 0, steps, p.weight, false, p.bias.data, to, to,
+                              [&](T* at, const T*, Vec<T> v) RECURRA_LAMBDA {
                                 if (args.silu) v = silu(v);
-                                v.store(to);
+                                past ? v.stream(at) : v.store(at);
                               });
-          tiles.store(y.at(t0, 0), 0, steps, out, stream);
+          tiles.store(y.at(t0, 0), 0, steps, to, stream);
           t0 += steps;
           if (t0 == s.length())
             tiles.store(plane(args.h_last, state, false, c0).at(W - 1 - steps, 0), steps - W + 1,
@@ -415,7 +445,6 @@ void backward(const CausalConv1dBackward& args) {
       const Parameters<T> p =
           load_parameters<T>(args.weight, args.bias, c0, tiles.nc, weight_buffer, bias_buffer, row);
       for (int64_t i = 0; i < tiles.sums_size(); i += kLanes) Vec<T>(T(0)).store(sums + i);
-      const auto gradient = [](T* to, const T*, Vec<T> v) RECURRA_LAMBDA { v.store(to); };
       for (int64_t n = span.first; n < span.last; ++n) {
         const Sequence s = args.sequences[n], state = {n, 0, W - 1};
         const bool part = span.last - span.first == 1;
@@ -424,18 +453,20 @@ void backward(const CausalConv1dBackward& args) {
                     dx = plane(args.dx, s, false, c0), h0 = plane(args.h0, state, false, c0),
                     dh_last = plane(args.dh_last, state, false, c0);
         // Adds dh_last to steps [from, to) of the gradient, as far as they are its inputs.
-        const auto add_last = [&](int64_t t0, int64_t from, int64_t to) {
+        const auto add_last = [&](int64_t t0, int64_t from, int64_t to, const Grid<T>& sum) {
           from = most(from, length - W + 1 - t0);
           if (!dh_last || from >= to) return;
           const Grid<T> last = tiles.load(dh_last.at(t0 - (length - W + 1), 0), from, to, buffer);
           for (int64_t t = from; t < to; ++t)
-            for (int64_t c = 0; c < tiles.nc; ++c) *out.at(t, c) += *last.at(t, c);
+            for (int64_t c = 0; c < tiles.nc; ++c) *sum.at(t, c) += *last.at(t, c);
         };
         int64_t t0 = part ? span.begin : 0;
         do {
           const int64_t steps = least(shape.steps, end - t0);
           // dx reaches W-1 steps ahead.
           const int64_t ahead = least(steps + W - 1, length - t0);
+          const Grid<T> to = tiles.target(dx.at(t0, 0), out);
+          const bool past = stream && tiles.on_lines(to, out);
           if (dy && ahead > 0) {
             const Grid<T> inputs = tiles.load_inputs(x, h0, t0, ahead, in);
             if (args.silu) {
@@ -448,18 +479,21 @@ void backward(const CausalConv1dBackward& args) {
               tiles.load_into(dy.at(t0, 0), 0, ahead, ds);
             }
             tiles.fill(ahead, steps + W - 1, ds);
-            tiles.convolve_tile(ds, 0, 0, steps, p.weight, true, nullptr, out, out, gradient);
+            tiles.convolve_tile(ds, 0, 0, steps, p.weight, true, nullptr, to, to,
+                                [&](T* at, const T*, Vec<T> v)
+                                    RECURRA_LAMBDA { past ? v.stream(at) : v.store(at); });
             tiles.correlate_tile(ds, inputs, steps, sums);
           } else {
-            tiles.fill(0, steps, out);
+            tiles.fill(0, steps, to);
             tiles.fill(0, steps + W - 1, ds);
           }
-          add_last(t0, 0, steps);
-          tiles.store(dx.at(t0, 0), 0, steps, out, stream);
+          add_last(t0, 0, steps, to);
+          tiles.store(dx.at(t0, 0), 0, steps, to, stream);
           if (t0 == 0) {
             tiles.fill(1 - W, 0, ds);
-            tiles.convolve_tile(ds, 0, 1 - W, 0, p.weight, true, nullptr, out, out, gradient);
-            add_last(0, 1 - W, 0);
+            tiles.convolve_tile(ds, 0, 1 - W, 0, p.weight, true, nullptr, out, out,
+                                [](T* at, const T*, Vec<T> v) RECURRA_LAMBDA { v.store(at); });
+            add_last(0, 1 - W, 0, out);
             tiles.store(plane(args.dh0, state, false, c0).at(W - 1, 0), 1 - W, 0, out, false);
           }
           t0 += steps;

@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t kTile = 4096;           // elements of a tile
 constexpr int64_t kWidest = 1024;         // channels of a row
 constexpr int64_t kAhead = 16;            // rows by which parts of rows are prefetched
+constexpr int64_t kColumnsAhead = 32;     // steps by which columns are prefetched
 constexpr int64_t kGroup = 16;            // steps that are summed before they join a gradient
 constexpr int64_t kStreamFrom = 8 << 20;  // bytes of output that no cache is asked to hold
 
@@ -28,13 +29,15 @@ bool by_row(const View<3>& v) { return v.step(2) == 1 || v.size[2] == 1; }
 
 // Rows that need no tile may be long: every stream then is one that the machine sees coming.
 // Otherwise wide tiles where channels are contiguous, tall ones where time is. Some eight tasks
-// saturate the memory.
+// saturate the memory, and two do so sooner with rows of 512 bytes than four with 256.
 Cut cut(const View<3>& lead, int64_t sequences, bool tiled) {
   const bool time_first = lead.step(2) != 1 && (lead.step(1) == 1 || lead.step(1) == -1);
   int64_t width = !tiled ? kWidest : time_first ? 64 : 256;
   const int64_t channels = lead.size[2];
   const auto blocks = [&] { return (channels + width - 1) / width; };
-  while (width > (time_first ? 16 : 64) && sequences * blocks() < 8) width /= 2;
+  while (width > (time_first ? 16 : 64) &&
+         sequences * blocks() < (time_first || width > 128 ? 8 : 2))
+    width /= 2;
   return {width, kTile / width, blocks()};
 }
 
@@ -135,6 +138,56 @@ void forward_rows(const Plane& a, const Plane& b, const Plane& h, bool log_a, in
   }
 }
 
+// Whether a plane is T's own numbers with time contiguous, in either direction.
+template <class T>
+bool by_time(const Plane& p) {
+  return p.dtype == kDType<T> && (p.stride_t == 1 || p.stride_t == -1);
+}
+
+// Sixteen steps of sixteen channels where time is contiguous: rows[i] becomes the i-th step in
+// memory. The lines that come `ahead` numbers later in the walk are asked for.
+template <class T>
+RECURRA_INLINE void load_block(const T* from, int64_t stride, int64_t ahead,
+                               Vec<T> (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) prefetch_early(from + i * stride + ahead);
+  for (int i = 0; i < kLanes; ++i) rows[i] = Vec<T>::load(from + i * stride);
+  transpose(rows);
+}
+
+// The first steps of h, where time is contiguous in every tensor and may be walked backwards: as
+// many blocks of sixteen as there are, transposed in registers. Returns how many steps these are.
+template <class T>
+int64_t forward_columns(const Plane& a, const Plane& b, const Plane& h, bool log_a, int64_t steps,
+                        int64_t channels, bool stream, T* state) {
+  if (!by_time<T>(a) || !by_time<T>(b) || !by_time<T>(h) || channels % kLanes != 0) return 0;
+  const int64_t blocks = steps / kLanes, back = a.stride_t < 0 ? kLanes - 1 : 0;
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    Vec<T> v = Vec<T>::load(state + c);
+    for (int64_t n = 0; n < blocks; ++n) {
+      // Where the block starts in memory.
+      const int64_t t = n * kLanes + back;
+      T* to = reinterpret_cast<T*>(h.at(t, c).data);
+      const bool past = stream && reinterpret_cast<uintptr_t>(to) % 64 == 0 &&
+                        h.stride_c * static_cast<int64_t>(sizeof(T)) % 64 == 0;
+      Vec<T> gates[kLanes], inputs[kLanes];
+      load_block(reinterpret_cast<T*>(a.at(t, c).data), a.stride_c, a.stride_t * kColumnsAhead,
+                 gates);
+      load_block(reinterpret_cast<T*>(b.at(t, c).data), b.stride_c, b.stride_t * kColumnsAhead,
+                 inputs);
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t row = i ^ back;
+        v = fma(log_a ? exp(gates[row]) : gates[row], v, inputs[row]);
+        inputs[row] = v;
+      }
+      transpose(inputs);
+      for (int i = 0; i < kLanes; ++i)
+        past ? inputs[i].stream(to + i * h.stride_c) : inputs[i].store(to + i * h.stride_c);
+    }
+    v.store(state + c);
+  }
+  return blocks * kLanes;
+}
+
 template <class T>
 void forward(const LinearScan& args) {
   const int64_t channels = args.b.size[2];
@@ -156,7 +209,12 @@ void forward(const LinearScan& args) {
         forward_rows<T, DType(dtype.value)>(a, b, h, args.log_a, s.length(), nc, nc == channels,
                                             stream, state);
       });
-    for (int64_t t0 = tiled ? 0 : s.length(); t0 < s.length(); t0 += shape.steps) {
+    const int64_t done =
+        !tiled ? s.length()
+        : args.a.size[2] != channels
+            ? 0
+            : forward_columns<T>(a, b, h, args.log_a, s.length(), nc, stream, state);
+    for (int64_t t0 = done; t0 < s.length(); t0 += shape.steps) {
       const int64_t steps = s.length() - t0 < shape.steps ? s.length() - t0 : shape.steps;
       const Tile<T> ta = load_gate<T>(a.at(t0, 0), args.log_a, steps, nc, buffer_a, shape.width);
       const Tile<T> tb = load_tile<T>(b.at(t0, 0), steps, nc, buffer_b, shape.width);

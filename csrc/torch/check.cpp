@@ -3,6 +3,11 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <map>
@@ -244,9 +249,26 @@ std::vector<int64_t> integers(const Tensor& t) {
   return values;
 }
 
+constexpr uintptr_t kHugeFrom = 4 << 20;  // bytes
+
 constexpr ScalarType kScalarTypes[] = {
     ScalarType::Float,        ScalarType::Double,        ScalarType::BFloat16, ScalarType::Half,
     ScalarType::ComplexFloat, ScalarType::ComplexDouble, ScalarType::Int,      ScalarType::Long};
+
+// A large result is new memory to the process, and mapping it by pages of 4 KiB takes longer than
+// computing it. This is a wish: where the system refuses, nothing else changes.
+Tensor with_huge_pages(Tensor t) {
+#ifdef __linux__
+  const uintptr_t bytes = static_cast<uintptr_t>(t.numel() * item_size(dtype_of(t)));
+  if (t.is_cpu() && bytes >= kHugeFrom) {
+    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const uintptr_t start = reinterpret_cast<uintptr_t>(t.data_ptr());
+    const uintptr_t begin = (start + page - 1) / page * page, end = (start + bytes) / page * page;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#endif
+  return t;
+}
 
 }  // namespace
 
@@ -342,11 +364,11 @@ DType dtype_of(const Tensor& t) {
   }
 }
 
-Tensor empty_like(const Tensor& like) { return torch::stable::empty_like(like); }
+Tensor empty_like(const Tensor& like) { return with_huge_pages(torch::stable::empty_like(like)); }
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()},
-                                  kScalarTypes[static_cast<int>(dtype)]);
+  return with_huge_pages(torch::stable::new_empty(like, {sizes.begin(), sizes.size()},
+                                                  kScalarTypes[static_cast<int>(dtype)]));
 }
 
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype) {
