@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 
 import pytest
 import torch
@@ -64,8 +65,9 @@ def test_every_entry_covers_its_schema(op):
     optional = {n: a for n, a in arguments.items() if "Tensor" in str(a.type)}
     assert set(op.axes) == set(optional) - {"cu_seqlens"}
     assert set(op.differentiable) == set(op.axes), "every input must have a gradient"
-    samples = [dict(s) for s in op.samples(torch.float32, "quick")]
-    for name, argument in arguments.items():
+    quick = list(op.samples(torch.float32, "quick"))
+    small = [s for packed in (False, True) for s in op.samples(torch.float64, "small", packed)]
+    for samples, (name, argument) in itertools.product((quick, small), arguments.items()):
         values = [s.get(name) for s in samples]
         if "Tensor" in str(argument.type):
             assert any(v is not None for v in values), f"{name} is never given"

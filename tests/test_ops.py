@@ -11,6 +11,7 @@ from bounds import double
 from opdb import OPS
 from support import (
     DTYPES,
+    LAYOUTS,
     NIGHTLY,
     Draw,
     assert_right,
@@ -19,6 +20,7 @@ from support import (
     describe,
     evaluate,
     is_index,
+    laid_out,
     replaced,
     same_bits,
     tensors,
@@ -56,7 +58,7 @@ def _float64_function(op, args):
 
 def _packed_and_not(op):
     for packed in (False, True):
-        yield from itertools.islice(op.samples(torch.float64, "small", packed), 4)
+        yield from op.samples(torch.float64, "small", packed)
 
 
 @every_op
@@ -137,6 +139,30 @@ def _positional(op, args):
         else:
             positional.append(args.get(argument.name))
     return tuple(positional), keywords
+
+
+@every_op
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fake_tensors_agree_in_every_layout(op, layout):
+    """Shape, dtype and strides of outputs and gradients, which opcheck sees for plain tensors."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def described(x):
+        def strides(v):  # along one element a stride means nothing
+            return [s for s, n in zip(v.stride(), v.shape, strict=True) if n > 1]
+
+        return [(k, v.shape, v.dtype, strides(v)) for k, v in x]
+
+    for args in op.samples(torch.bfloat16, "small"):
+        strided = replaced(args, lambda k, v: laid_out(v, layout))
+        cots = cotangents(op.function(**args))
+        want, want_grads, _ = evaluate(op, strided, cots)
+        with FakeTensorMode() as mode:
+            fake = replaced(strided, lambda k, v, mode=mode: mode.from_tensor(v))
+            got, grads, _ = evaluate(op, fake, [mode.from_tensor(c) for c in cots])
+        context = f"{layout}: {describe(args)}"
+        assert described(enumerate(got)) == described(enumerate(want)), context
+        assert described(grads.items()) == described(want_grads.items()), context
 
 
 def _lengths(op, draw_seed=3):

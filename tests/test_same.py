@@ -210,7 +210,7 @@ def test_special_values_stay_where_they_belong(op, dtype):
         args = op.make(draw, B, T, D, dtype, False)
         after = not args.get("reverse")
         outputs, grads, cots = evaluate(op, args)
-        sites = list(itertools.product((0, T // 2, T - 1), (0, D - 1)))
+        sites = list(itertools.product((0, T // 2, T - 1), (0, 1, 17, D - 1)))
         special = _specials(dtype)
         names = [k for k in op.activations if args.get(k) is not None]
         for i, (name, (t, c)) in enumerate(itertools.product(names, sites)):
