@@ -15,4 +15,4 @@ install_package -C "cmake.define.RECURRA_CUDA_ARCHITECTURES=$arch"
 recurra info
 python -m pytest "$@"
 say "bench"
-recurra bench --device cuda
+recurra bench

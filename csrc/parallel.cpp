@@ -4,6 +4,7 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <exception>
 
 namespace recurra {
 namespace {
@@ -33,8 +34,18 @@ void parallel_run(int64_t n, void (*fn)(void* context, int64_t i), void* context
     for (int64_t i = 0; i < n; ++i) fn(context, i);
     return;
   }
+  // An exception must not leave the region; the first one goes on behind it.
+  std::exception_ptr failure;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t i = 0; i < n; ++i) fn(context, i);
+  for (int64_t i = 0; i < n; ++i) {
+    try {
+      fn(context, i);
+    } catch (...) {
+#pragma omp critical(recurra_failure)
+      if (!failure) failure = std::current_exception();
+    }
+  }
+  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace recurra

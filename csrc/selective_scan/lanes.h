@@ -129,7 +129,7 @@ void load_BC(const View<4>& v, const Sequence& s, int64_t t0, int64_t steps, int
   }
 }
 
-// A parameter of the span's channels as one row; `otherwise` where it is absent.
+// A parameter of the span's channels as one row; zeros where it is absent.
 template <class T>
 void load_channels(const View<1>& v, int64_t channel, int64_t channels, T* row) {
   if (!v) {

@@ -21,6 +21,7 @@ std::tuple<Tensor, Tensor> causal_conv1d_cpu(Tensor x, Tensor weight, OptionalTe
                                              OptionalTensor h0, Activation activation,
                                              OptionalTensor cu_seqlens) {
   constexpr const char* op = "causal_conv1d";
+  check_layout(op, "x", x, "weight", weight);
   check(op, {{"x", x}, {"weight", weight}, {"bias", bias}, {"h0", h0}, {"cu_seqlens", cu_seqlens}});
   CausalConv1d args;
   args.silu = is_silu(op, activation);
@@ -90,7 +91,7 @@ Tensor causal_conv1d_step_cpu(Tensor h, Tensor x, Tensor weight, OptionalTensor 
   CausalConv1dStep args;
   args.silu = is_silu(op, activation);
   std::vector<int64_t> storage;
-  args.slots = slot_indices(op, x.size(0), h.size(0), slots, storage);
+  args.slots = slot_indices(op, x.size(0), h, slots, storage);
   Tensor out = empty_like(x);
   args.h = view<3>(h);
   args.x = view<2>(x);

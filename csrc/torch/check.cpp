@@ -153,13 +153,6 @@ bool known_dtype(const Tensor& t) {
   }
 }
 
-std::string shape_of(const Tensor& t) {
-  std::string text = "(";
-  for (int64_t n = 0; n < t.dim(); ++n)
-    text += (n ? ", " : "") + std::to_string(t.size(n)) + (t.dim() == 1 ? "," : "");
-  return text + ")";
-}
-
 DType complex_of(DType d) { return d == DType::f64 ? DType::c128 : DType::c64; }
 
 void check_dtype(const char* op, const Rule& rule, const Tensor& t, const Rule& lead,
@@ -169,7 +162,7 @@ void check_dtype(const char* op, const Rule& rule, const Tensor& t, const Rule& 
       fail(op, rule.name + " must have dtype int32 or int64, got " + dtype_name(t));
     return;
   }
-  if (&t == &leader) {
+  if (&rule == &lead) {
     const bool real =
         known_dtype(t) && static_cast<int>(dtype_of(t)) <= static_cast<int>(DType::f16);
     const bool complex = rule.complex && known_dtype(t) && is_complex(dtype_of(t));
@@ -272,6 +265,13 @@ Tensor with_huge_pages(Tensor t) {
 
 }  // namespace
 
+std::string shape_of(const Tensor& t) {
+  std::string text = "(";
+  for (int64_t n = 0; n < t.dim(); ++n)
+    text += (n ? ", " : "") + std::to_string(t.size(n)) + (t.dim() == 1 ? "," : "");
+  return text + ")";
+}
+
 void fail(const char* op, const std::string& message) {
   // An op of our own is called by the name that the user called: _OP_save is OP with grad enabled.
   std::string name = op[0] == '_' ? op + 1 : op;
@@ -299,16 +299,24 @@ void check(const char* op, std::initializer_list<Argument> arguments) {
                    device_name(*leader) + ", got " + device_name(*t));
     check_dtype(op, rule, *t, rules[0], *leader);
     check_shape(op, rule, *t, sizes);
-    if (t == leader && packed) {
+    if (&rule == &rules[0] && packed) {
       if (packed->dim() != 1 || packed->size(0) < 1)
         fail(op, "cu_seqlens must have shape (S + 1,), got " + shape_of(*packed));
       if (auto batch = sizes.find("B"); batch != sizes.end() && batch->second != 1)
         fail(op, rule.name + " must have batch size B = 1 with cu_seqlens, got " + shape_of(*t));
       sizes["S"] = packed->size(0) - 1;
-    } else if (t == leader && sizes.count("B")) {
+    } else if (&rule == &rules[0] && sizes.count("B")) {
       sizes["S"] = sizes["B"];
     }
   }
+}
+
+void check_layout(const char* op, const char* name, const Tensor& x, const char* parameter,
+                  const Tensor& p, const char* also) {
+  if (x.dim() == 3 && p.dim() == 2 && p.size(0) != x.size(2) && p.size(0) == x.size(1))
+    fail(op, std::string(name) + " must have shape (B, T, D) with D = " +
+                 std::to_string(p.size(0)) + " as in " + parameter + ", got " + shape_of(x) +
+                 ", which looks like (B, D, L): pass " + name + ".transpose(1, 2)" + also);
 }
 
 Sequences sequences(const char* op, int64_t batch, int64_t time, const OptionalTensor& cu_seqlens,
@@ -327,8 +335,13 @@ Sequences sequences(const char* op, int64_t batch, int64_t time, const OptionalT
   return {static_cast<int64_t>(storage.size()) - 1, time, storage.data()};
 }
 
-const int64_t* slot_indices(const char* op, int64_t rows, int64_t states,
+const int64_t* slot_indices(const char* op, int64_t rows, const Tensor& h,
                             const OptionalTensor& slots, std::vector<int64_t>& storage) {
+  const int64_t states = h.size(0);
+  for (int64_t n = 0; n < h.dim(); ++n)
+    if (h.size(n) > 1 && h.stride(n) == 0)
+      fail(op, "h is written in place and must not be expanded, got stride 0 in dimension " +
+                   std::to_string(n));
   if (!slots) {
     if (rows != states)
       fail(op, "h must have as many states as there are rows, " + std::to_string(rows) +

@@ -50,10 +50,19 @@ const char* requirements(const std::string& op);
 Sequences sequences(const char* op, int64_t batch, int64_t time, const OptionalTensor& cu_seqlens,
                     std::vector<int64_t>& storage);
 
-// The state of each of `rows` rows as int64, less than `states` and none twice, negative to skip;
-// null where there are no slots, and then rows and states must be equal. The vector keeps them.
-const int64_t* slot_indices(const char* op, int64_t rows, int64_t states,
+// The state in h of each of `rows` rows as int64, below their number and none twice, negative to
+// skip; null where there are no slots, and then there must be as many states as rows. The vector
+// keeps them. h is written in place, so it may not be expanded.
+const int64_t* slot_indices(const char* op, int64_t rows, const Tensor& h,
                             const OptionalTensor& slots, std::vector<int64_t>& storage);
+
+// Refuses an x (B, D, L) where (B, T, D) is meant, which the D of a parameter (D, ...) gives away
+// unless D = T; `also` goes on with what to transpose besides.
+void check_layout(const char* op, const char* name, const Tensor& x, const char* parameter,
+                  const Tensor& p, const char* also = "");
+
+// A shape as Python writes it.
+std::string shape_of(const Tensor& t);
 
 DType dtype_of(const Tensor& t);
 

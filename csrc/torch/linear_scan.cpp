@@ -77,7 +77,7 @@ Tensor linear_scan_step_cpu(Tensor h, Tensor a, Tensor b, bool log_a, OptionalTe
   check(op, {{"h", h}, {"a", a}, {"b", b}, {"slots", slots}});
   std::vector<int64_t> storage;
   LinearScanStep args;
-  args.slots = slot_indices(op, b.size(0), h.size(0), slots, storage);
+  args.slots = slot_indices(op, b.size(0), h, slots, storage);
   Tensor out = empty_like(b);
   args.h = view<2>(h);
   args.a = view<2>(a);

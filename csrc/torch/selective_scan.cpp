@@ -18,21 +18,7 @@ int64_t blocks_per_span(int64_t channels, int64_t sequences) {
   return blocks;
 }
 
-std::string shape(const Tensor& t) {
-  std::string text = "(";
-  for (int64_t n = 0; n < t.dim(); ++n) text += (n ? ", " : "") + std::to_string(t.size(n));
-  return text + ")";
-}
-
-// What the text of requirements cannot say. D = T cannot be told apart from a transposed layout.
-void check_layout(const char* op, const Tensor& u, const Tensor& A) {
-  if (u.dim() == 3 && A.dim() == 2 && A.size(0) != u.size(2) && A.size(0) == u.size(1))
-    fail(op, "u must have shape (B, T, D) with D = " + std::to_string(A.size(0)) +
-                 " as in A, got " + shape(u) +
-                 ", which looks like (B, D, L): pass u.transpose(1, 2), and likewise delta, z, B "
-                 "and C");
-}
-
+// What the text of requirements cannot say.
 void check_complex(const char* op, const Tensor& A, const Tensor& B, const Tensor& C,
                    const Tensor* h0, const char* state_name) {
   const bool complex = is_complex(dtype_of(A));
@@ -101,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, bool save, const Tens
                                            const Tensor& C, Optional D, Optional z,
                                            Optional delta_bias, bool delta_softplus, Optional h0,
                                            Optional cu_seqlens) {
-  check_layout(op, u, A);
+  check_layout(op, "u", u, "A", A, ", and likewise delta, z, B and C");
   check(op, {{"u", u},
              {"delta", delta},
              {"A", A},
@@ -216,8 +202,8 @@ selective_scan_backward_cpu(OptionalTensor dy, OptionalTensor dh_last, Tensor sa
   Tensor dD = D ? empty_like(*D) : empty(u, {0}, dtype_of(u));
   Tensor dbias = delta_bias ? empty_like(*delta_bias) : empty(u, {0}, dtype_of(u));
   // The values of h0 are in `saved`; here it only says how its gradient lies.
-  Tensor dh0 = h0 ? empty_like(*h0)
-                  : empty(u, {count, u.size(2), A.size(1)}, lane_state_dtype(u, A));
+  Tensor dh0 =
+      h0 ? empty_like(*h0) : empty(u, {count, u.size(2), A.size(1)}, lane_state_dtype(u, A));
   Tensor lanes_A = empty(u, {rows, padded}, compute);
   Tensor carry = empty(u, {args.parts, rows, padded}, compute);
   Tensor sum_A = zeros(u, {args.parts, rows, padded}, compute);
@@ -261,7 +247,7 @@ Tensor selective_scan_step_cpu(Tensor h, Tensor u, Tensor delta, Tensor A, Tenso
   check_complex(op, A, B, C, &h, "h");
   std::vector<int64_t> storage;
   SelectiveScan args;
-  args.slots = slot_indices(op, u.size(0), h.size(0), slots, storage);
+  args.slots = slot_indices(op, u.size(0), h, slots, storage);
   args.sequences = {u.size(0), 1, nullptr};
   args.spans = Spans(u.size(1), span_groups(B, C, 1), Spans::kSpanBlocks);
   args.u = one_step(view<2>(u));

@@ -92,13 +92,13 @@ def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def _check_dtype(op: str, rule: _Rule, tensor: Tensor, lead: str, leader: Tensor) -> None:
+def _check_dtype(op: str, rule: _Rule, tensor: Tensor, lead: _Rule, leader: Tensor) -> None:
     got = _dtype_name(tensor.dtype)
     if rule.kind == "index":
         if tensor.dtype not in (torch.int32, torch.int64):
             fail(op, f"{rule.name} must have dtype int32 or int64, got {got}")
         return
-    if tensor is leader:
+    if rule is lead:
         if tensor.dtype not in _REAL and not (rule.complex and tensor.dtype in _COMPLEX):
             or_complex = ", or be complex" if rule.complex else ""
             fail(
@@ -117,7 +117,8 @@ def _check_dtype(op: str, rule: _Rule, tensor: Tensor, lead: str, leader: Tensor
         wanted = " or ".join(_dtype_name(d) for d in allowed)
         fail(
             op,
-            f"{rule.name} must have dtype {wanted} where {lead} has {_dtype_name(act)}, got {got}",
+            f"{rule.name} must have dtype {wanted} where {lead.name} has {_dtype_name(act)}, "
+            f"got {got}",
         )
 
 
@@ -173,9 +174,9 @@ def check(op: str, **arguments: Tensor | None) -> dict[str, int]:
                 f"{rule.name} must be on the device of {rules[0].name}, "
                 f"{_device_name(leader)}, got {_device_name(tensor)}",
             )
-        _check_dtype(op, rule, tensor, rules[0].name, leader)
+        _check_dtype(op, rule, tensor, rules[0], leader)
         _check_shape(op, rule, tensor, sizes)
-        if tensor is leader and packed is not None:
+        if rule is rules[0] and packed is not None:
             if packed.dim() != 1 or packed.shape[0] < 1:
                 fail(op, f"cu_seqlens must have shape (S + 1,), got {_shape(packed)}")
             if "B" in sizes and sizes["B"] != 1:
@@ -184,13 +185,30 @@ def check(op: str, **arguments: Tensor | None) -> dict[str, int]:
                     f"{rule.name} must have batch size B = 1 with cu_seqlens, got {_shape(tensor)}",
                 )
             sizes["S"] = packed.shape[0] - 1
-        elif tensor is leader and "B" in sizes:
+        elif rule is rules[0] and "B" in sizes:
             sizes["S"] = sizes["B"]
     return sizes
 
 
-def check_slots(op: str, rows: int, states: int, slots: Tensor | None) -> None:
-    """Without slots, row i has state i, so there must be as many."""
+def check_layout(op: str, name: str, x: Tensor, parameter: str, p: Tensor, also: str = "") -> None:
+    """Refuses an x (B, D, L) where (B, T, D) is meant, which a parameter (D, ...) gives away."""
+    if x.dim() == 3 and p.dim() == 2 and p.shape[0] != x.shape[2] and p.shape[0] == x.shape[1]:
+        fail(
+            op,
+            f"{name} must have shape (B, T, D) with D = {p.shape[0]} as in {parameter}, "
+            f"got {_shape(x)}, which looks like (B, D, L): pass {name}.transpose(1, 2){also}",
+        )
+
+
+def check_slots(op: str, rows: int, h: Tensor, slots: Tensor | None) -> None:
+    """Without slots, row i has state i, so there must be as many; ``h`` is written in place."""
+    for dim, (size, stride) in enumerate(zip(h.shape, h.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            fail(
+                op,
+                f"h is written in place and must not be expanded, got stride 0 in dimension {dim}",
+            )
+    states = h.shape[0]
     if slots is None and rows != states:
         fail(
             op,

@@ -50,9 +50,9 @@ def load() -> None:
 def library_paths() -> list[str]:
     """Paths of the op libraries that are loaded.
 
-    A C++ program loads them with ``torch::class_``-free means such as ``dlopen`` after libtorch
-    and then calls ``recurra::linear_scan`` and the others through the dispatcher. The first one
-    holds all schemas and the CPU kernels; a second one, where there is one, the CUDA kernels.
+    A C++ program opens them with ``dlopen`` after libtorch and then finds ``recurra::linear_scan``
+    and the others in torch's dispatcher. The first one holds all schemas and the CPU kernels; a
+    second one, where there is one, the CUDA kernels.
     """
     return list(_loaded.values())
 

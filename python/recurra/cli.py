@@ -62,7 +62,6 @@ def _parser() -> argparse.ArgumentParser:
         "--op",
         action="append",
         default=[],
-        choices=("selective_scan", "linear_scan", "causal_conv1d"),
         help="only the cases of this op; may be repeated",
     )
     bench.add_argument(

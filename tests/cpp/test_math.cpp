@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "bits.h"
 #include "math/dual.h"
 #include "simd/vec.h"
 
@@ -36,22 +37,6 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
       }                                                            \
     }                                                              \
   } while (0)
-
-template <class To, class From>
-To bits(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
-}
-template <class T>
-using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-
-// Equal bits, any NaN like any other.
-template <class T>
-bool same(T a, T b) {
-  return (a != a && b != b) || bits<Bits<T>>(a) == bits<Bits<T>>(b);
-}
 
 // One function: on blocks of vectors, on a plain number, and its reference in wider arithmetic.
 template <class T, class Wide>

@@ -507,6 +507,8 @@ def _targets(op: str, shape: tuple[int, ...], kind: str) -> tuple[Target, ...]:
 
 def case(op: str, shape: tuple[int, ...], kind: str) -> Case:
     """A case of any shape; only those of the table have targets."""
+    if op not in AXES:
+        raise ValueError(f"--shape goes with --op {', '.join(AXES)}, got {op}")
     if len(shape) != len(AXES[op]) or min(shape) < 1:
         raise ValueError(
             f"the shape of {op} is {'x'.join(AXES[op])}, sizes of at least 1, "
@@ -567,9 +569,13 @@ def select(patterns: list[str], ops: list[str]) -> list[Case]:
     """The cases whose name contains one of the patterns, of one of the ops; all where none given.
 
     Raises:
-        ValueError: a pattern fits no case.
+        ValueError: a pattern or an op fits no case.
     """
     cases = table()
+    known = sorted({c.op for c in cases})
+    for op in ops:
+        if op not in known:
+            raise ValueError(f"--op must be one of {', '.join(known)}, got {op}")
     for pattern in patterns:
         if not any(pattern in c.name for c in cases):
             raise ValueError(f"no case is named like {pattern}; recurra bench --list shows them")

@@ -14,6 +14,8 @@ from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("recurra", "FRAGMENT")
 
+_CASTABLE = {torch.float32, torch.bfloat16, torch.float16}
+
 _NO_FUNCTORCH = (
     "recurra: derivatives of {} under torch.func are not implemented; use torch.autograd"
 )
@@ -143,12 +145,12 @@ def autocast(name: str, activations: Sequence[int]) -> None:
 
         def kernel(*args, **kwargs):
             with torch._C._ExcludeDispatchKeyGuard(excluded):
-                given = [
+                given = {
                     args[i].dtype
                     for i in activations
-                    if i < len(args) and isinstance(args[i], Tensor)
-                ]
-                if len(set(given)) > 1:
+                    if i < len(args) and isinstance(args[i], Tensor) and not args[i].is_complex()
+                }
+                if len(given) > 1 and given <= _CASTABLE:
                     target = torch.get_autocast_dtype(device_type)
                     args = [
                         _lower(arg, target) if i in activations else arg
@@ -163,26 +165,27 @@ def autocast(name: str, activations: Sequence[int]) -> None:
 
 
 def _lower(argument, target: torch.dtype):
-    if not isinstance(argument, Tensor) or argument.dtype not in (
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-    ):
-        return argument
-    return argument.to(target)
+    if isinstance(argument, Tensor) and argument.dtype in _CASTABLE:
+        return argument.to(target)
+    return argument
 
 
 def no_grad_step(name: str, whole: str) -> None:
     """Makes a step op refuse inputs that require a gradient, naming the op that has one."""
     op = getattr(torch.ops.recurra, name).default
 
-    def kernel(*args, **kwargs):
+    def kernel(keyset, *args, **kwargs):
         if _differentiated(name, (*args, *kwargs.values())):
             raise RuntimeError(
                 f"recurra: {name} has no gradient; use {whole} over the whole sequence, or call "
                 "it under torch.no_grad()"
             )
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args, **kwargs)
+            out = op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+        # So that a graph which saved the state before this step refuses to use it.
+        state = args[0] if args else kwargs["h"]
+        if not state.is_inference():
+            torch.autograd.graph.increment_version(state)
+        return out
 
-    LIBRARY.impl(name, kernel, "Autograd")
+    LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)

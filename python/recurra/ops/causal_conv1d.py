@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recurra._check import check, check_slots, fail, state_dtype
+from recurra._check import check, check_layout, check_slots, fail, state_dtype
 from recurra.ops import _register
 
 _op = torch.ops.recurra.causal_conv1d.default
@@ -92,6 +92,7 @@ def _check_activation(op: str, activation: str | None) -> None:
 @_register.fake("causal_conv1d")
 def _(x, weight, bias=None, h0=None, *, activation=None, cu_seqlens=None):
     op = "causal_conv1d"
+    check_layout(op, "x", x, "weight", weight)
     sizes = check(op, x=x, weight=weight, bias=bias, h0=h0, cu_seqlens=cu_seqlens)
     _check_activation(op, activation)
     shape = sizes["S"], sizes["W"] - 1, sizes["D"]
@@ -125,7 +126,7 @@ def _(h, x, weight, bias=None, *, activation=None, slots=None):
     op = "causal_conv1d_step"
     check(op, h=h, x=x, weight=weight, bias=bias, slots=slots)
     _check_activation(op, activation)
-    check_slots(op, x.shape[0], h.shape[0], slots)
+    check_slots(op, x.shape[0], h, slots)
     return torch.empty_like(x)
 
 

@@ -95,7 +95,7 @@ def _(a, h, h0, dh, dh_last, *, log_a=False, reverse=False, cu_seqlens=None):
 @_register.fake("linear_scan_step")
 def _(h, a, b, *, log_a=False, slots=None):
     check("linear_scan_step", h=h, a=a, b=b, slots=slots)
-    check_slots("linear_scan_step", b.shape[0], h.shape[0], slots)
+    check_slots("linear_scan_step", b.shape[0], h, slots)
     return torch.empty_like(b)
 
 

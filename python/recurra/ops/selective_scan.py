@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recurra._check import check, check_slots, fail, state_dtype
+from recurra._check import check, check_layout, check_slots, fail, state_dtype
 from recurra.ops import _register
 
 _op = torch.ops.recurra.selective_scan.default
@@ -127,15 +127,6 @@ def selective_scan_step(
     )
 
 
-def _check_layout(op: str, u: Tensor, A: Tensor) -> None:
-    if u.dim() == 3 and A.dim() == 2 and A.shape[0] != u.shape[2] and A.shape[0] == u.shape[1]:
-        fail(
-            op,
-            f"u must have shape (B, T, D) with D = {A.shape[0]} as in A, got {tuple(u.shape)}, "
-            "which looks like (B, D, L): pass u.transpose(1, 2), and likewise delta, z, B and C",
-        )
-
-
 def _check_rest(op: str, time_dims: int, A, B, C, state, state_name: str, channels: int) -> None:
     for name, x in (("B", B), ("C", C)):
         if x.dim() == time_dims + 3 and (x.shape[-2] < 1 or channels % x.shape[-2] != 0):
@@ -159,7 +150,7 @@ def _state_dtype(u: Tensor, A: Tensor) -> torch.dtype:
 
 
 def _fake_forward(op, u, delta, A, B, C, D, z, delta_bias, h0, cu_seqlens):
-    _check_layout(op, u, A)
+    check_layout(op, "u", u, "A", A, ", and likewise delta, z, B and C")
     sizes = check(
         op,
         u=u,
@@ -288,7 +279,7 @@ def _(h, u, delta, A, B, C, D=None, z=None, delta_bias=None, *, delta_softplus=F
         slots=slots,
     )
     _check_rest(op, 0, A, B, C, h, "h", u.shape[1])
-    check_slots(op, u.shape[0], h.shape[0], slots)
+    check_slots(op, u.shape[0], h, slots)
     return torch.empty_like(u)
 
 

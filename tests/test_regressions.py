@@ -1,0 +1,99 @@
+"""Mistakes that were made once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import recurra
+from support import ROOT
+
+STEPS = {
+    "linear_scan_step": lambda h: recurra.linear_scan_step(h, torch.ones(2, 3), torch.ones(2, 3)),
+    "causal_conv1d_step": lambda h: recurra.causal_conv1d_step(
+        h[:, None], torch.ones(2, 3), torch.ones(3, 2)
+    ),
+    "selective_scan_step": lambda h: recurra.selective_scan_step(
+        h[..., None],
+        torch.ones(2, 3),
+        torch.ones(2, 3),
+        -torch.ones(3, 1),
+        torch.ones(2, 1),
+        torch.ones(2, 1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_tells_autograd_that_it_wrote_the_state(name):
+    w = torch.ones(2, 3, requires_grad=True)
+    h = torch.ones(2, 3)
+    y = w * h
+    with torch.no_grad():
+        STEPS[name](h)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_refuses_an_expanded_state(name):
+    with pytest.raises(RuntimeError, match="h is written in place and must not be expanded"):
+        STEPS[name](torch.zeros(1, 3).expand(2, 3))
+
+
+def test_autocast_does_not_count_complex_activations():
+    u, delta = torch.randn(2, 1, 5, 4)
+    A = torch.complex(-torch.rand(4, 3), torch.randn(4, 3))
+    B, C = torch.randn(2, 1, 5, 3, dtype=torch.complex64)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, _ = recurra.selective_scan(u, delta, A, B, C)
+    assert y.dtype == torch.float32
+
+
+def test_one_tensor_as_two_arguments_is_checked_as_both():
+    for device in ("cpu", "meta"):
+        x = torch.zeros(2, 3, dtype=torch.bfloat16, device=device)
+        with pytest.raises(RuntimeError, match="h must have dtype float32 where b has bfloat16"):
+            recurra.linear_scan_step(x, x, x)
+
+
+def test_a_transposed_layout_is_named():
+    x, weight = torch.zeros(2, 7, 100), torch.zeros(7, 4)
+    for device in ("cpu", "meta"):
+        with pytest.raises(RuntimeError, match=r"pass x\.transpose\(1, 2\)"):
+            recurra.causal_conv1d(x.to(device), weight.to(device))
+
+
+def test_running_out_of_memory_in_a_thread_is_an_exception():
+    """An allocation that fails inside the parallel region reaches the caller."""
+    program = """
+        import contextlib, resource, torch, recurra
+        x, weight = torch.zeros(1, 3, 2048), torch.zeros(2048, 1).expand(2048, 1 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+        torch.set_num_threads(2)
+        h0 = torch.zeros(1, 1, 1).expand(1, (1 << 20) - 1, 2048)
+        with contextlib.suppress(RuntimeError, MemoryError):
+            recurra.causal_conv1d(x, weight, h0=h0)
+        print(recurra.linear_scan(torch.ones(1, 4, 2), torch.ones(1, 4, 2))[1].sum().item())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT / "tests",
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "8.0"
+
+
+def test_the_readme_runs_as_it_stands():
+    text = (ROOT / "README.md").read_text()
+    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    assert len(blocks) >= 3
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
