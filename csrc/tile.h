@@ -117,6 +117,44 @@ RECURRA_INLINE void store_lanes(char* p, DType dtype, Vec<T> v, int n) {
   for (int i = 0; i < n; ++i) store_element<T>(p + i * item_size(dtype), dtype, lanes[i]);
 }
 
+// Sixteen stored numbers of a dtype that is known.
+template <class T, DType S>
+RECURRA_INLINE Vec<T> load_stored(const char* p) {
+  if constexpr (S == kDType<T>)
+    return Vec<T>::load(reinterpret_cast<const T*>(p));
+  else if constexpr (S == DType::bf16)
+    return load_bf16(reinterpret_cast<const uint16_t*>(p));
+  else
+    return load_f16(reinterpret_cast<const uint16_t*>(p));
+}
+template <class T, DType S>
+RECURRA_INLINE void store_stored(char* p, Vec<T> v, bool past) {
+  if constexpr (S == kDType<T>) {
+    T* to = reinterpret_cast<T*>(p);
+    past ? v.stream(to) : v.store(to);
+  } else if constexpr (S == DType::bf16) {
+    store_bf16(reinterpret_cast<uint16_t*>(p), v);
+  } else {
+    store_f16(reinterpret_cast<uint16_t*>(p), v);
+  }
+}
+
+// Whether arithmetic on a dtype is in T, and load_stored and store_stored know it.
+template <class T>
+RECURRA_INLINE bool is_storage(DType dtype) {
+  return dtype == kDType<T> || (sizeof(T) == 4 && (dtype == DType::bf16 || dtype == DType::f16));
+}
+
+// f(Index<dtype>) for the dtypes whose arithmetic is in T.
+template <class T, class F>
+RECURRA_INLINE void for_storage(DType dtype, F f) {
+  if (dtype == kDType<T>) return f(Index<static_cast<int>(kDType<T>)>{});
+  if constexpr (sizeof(T) == 4) {
+    if (dtype == DType::bf16) return f(Index<static_cast<int>(DType::bf16)>{});
+    return f(Index<static_cast<int>(DType::f16)>{});
+  }
+}
+
 template <class T>
 RECURRA_INLINE bool rows_in_place(const Plane& p, int64_t channels) {
   return p.dtype == kDType<T> && p.stride_c == 1 && channels % kLanes == 0;
@@ -132,8 +170,19 @@ inline Tile<T> load_tile(const Plane& p, int64_t steps, int64_t channels, T* buf
   if (rows_in_place<T>(p, channels)) return {reinterpret_cast<T*>(p.data), p.stride_t};
   const int64_t item = item_size(p.dtype);
   if (p.stride_c == 1) {
-    for (int64_t t = 0; t < steps; ++t)
-      for (int64_t c = 0; c < channels; c += kLanes)
+    const int64_t whole = is_storage<T>(p.dtype) ? channels / kLanes * kLanes : 0;
+    if (whole)
+      for_storage<T>(p.dtype, [&](auto dtype) RECURRA_LAMBDA {
+        for (int64_t t = 0; t < steps; ++t)
+          for (int64_t c = 0; c < whole; c += kLanes) {
+            const char* from = p.data + (t * p.stride_t + c) * item;
+            // The same line of the next tile, whose rows are too short to be foreseen.
+            prefetch_early(from + steps * p.stride_t * item);
+            load_stored<T, DType(dtype.value)>(from).store(buffer + t * width + c);
+          }
+      });
+    for (int64_t t = 0; whole < channels && t < steps; ++t)
+      for (int64_t c = whole; c < channels; c += kLanes)
         load_lanes<T>(p.data + (t * p.stride_t + c) * item, p.dtype, at_most_lanes(channels - c))
             .store(buffer + t * width + c);
   } else if (p.stride_t == 1 || p.stride_t == -1) {
@@ -209,16 +258,18 @@ inline void store_tile(const Plane& p, int64_t steps, int64_t channels, const T*
   };
   if (p.stride_c == 1) {
     const bool past = stream && rows_in_place<T>(p, channels) && aligned(p.stride_t);
-    for (int64_t t = 0; t < steps; ++t) {
-      char* to = p.data + t * p.stride_t * item;
-      if (past)
-        for (int64_t c = 0; c < channels; c += kLanes)
-          Vec<T>::load(rows + t * width + c).stream(reinterpret_cast<T*>(to) + c);
-      else
-        for (int64_t c = 0; c < channels; c += kLanes)
-          store_lanes<T>(to + c * item, p.dtype, Vec<T>::load(rows + t * width + c),
-                         at_most_lanes(channels - c));
-    }
+    const int64_t whole = is_storage<T>(p.dtype) ? channels / kLanes * kLanes : 0;
+    if (whole)
+      for_storage<T>(p.dtype, [&](auto dtype) RECURRA_LAMBDA {
+        for (int64_t t = 0; t < steps; ++t)
+          for (int64_t c = 0; c < whole; c += kLanes)
+            store_stored<T, DType(dtype.value)>(p.data + (t * p.stride_t + c) * item,
+                                                Vec<T>::load(rows + t * width + c), past);
+      });
+    for (int64_t t = 0; whole < channels && t < steps; ++t)
+      for (int64_t c = whole; c < channels; c += kLanes)
+        store_lanes<T>(p.data + (t * p.stride_t + c) * item, p.dtype,
+                       Vec<T>::load(rows + t * width + c), at_most_lanes(channels - c));
   } else if (p.stride_t == 1 || p.stride_t == -1) {
     const bool past = stream && p.dtype == kDType<T> && p.stride_t == 1 && aligned(p.stride_c);
     for (int64_t c = 0; c < channels; c += kLanes) {

@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kStreamFrom = 4 << 20;  // bytes of output that no cache is asked to hold
 
+constexpr int kPhases = 4;    // steps that are summed together
 constexpr int64_t kRows = 8;  // steps by which lines along channels advance together
 
 constexpr int64_t up16(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
@@ -189,6 +190,28 @@ void correlate(const T* ds, int64_t ds_step, const T* x, int64_t step, int64_t t
   }
 }
 
+// The same for kPhases steps that follow one another, each with sums of its own, so that the rows
+// that they share are read once.
+template <class T, int W>
+void correlate_rows(const T* ds, int64_t ds_row, const T* x, int64_t x_row, int64_t count, T* sums,
+                    int64_t sum_step) {
+  constexpr int kSums = kPhases * (W + 1);
+  Vec<T> s[kSums];
+  _Pragma("GCC unroll 32") for (int k = 0; k < kSums; ++k) s[k] = Vec<T>::load(sums + k * sum_step);
+  for (int64_t i = 0; i < count; ++i, ds += kLanes * ds_row, x += kLanes * x_row) {
+    Vec<T> inputs[W + kPhases - 1];
+    _Pragma("GCC unroll 32") for (int j = 0; j < W + kPhases - 1; ++j) inputs[j] =
+        Vec<T>::load(x + j * x_row);
+    _Pragma("GCC unroll 32") for (int p = 0; p < kPhases; ++p) {
+      const Vec<T> d = Vec<T>::load(ds + p * ds_row);
+      Vec<T>* to = s + p * (W + 1);
+      _Pragma("GCC unroll 32") for (int j = 0; j < W; ++j) to[j] = fma(d, inputs[p + j], to[j]);
+      to[W] = to[W] + d;
+    }
+  }
+  _Pragma("GCC unroll 32") for (int k = 0; k < kSums; ++k) s[k].store(sums + k * sum_step);
+}
+
 // f(Index<W>) for the widths that have a kernel of their own, otherwise f(Index<0>).
 template <class F>
 RECURRA_INLINE void for_width(int64_t taps, const F& f) {
@@ -325,6 +348,15 @@ struct Tiles {
         return;
       }
       const int64_t row = up16(cut.width);
+      if constexpr (w.value > 0) {
+        if (steps % kLanes == 0) {
+          for (int64_t p = 0; p < kLanes; p += kPhases)
+            for (int64_t c = 0; c < nc; c += kLanes)
+              correlate_rows<T, w.value>(ds.at(p, c), ds.t, x.at(p + lead, c), x.t, steps / kLanes,
+                                         sums + p * (taps + 1) * row + c, row);
+          return;
+        }
+      }
       for (int64_t c = 0; c < nc; c += kLanes)
         for (int64_t p = 0; p < least(kLanes, steps); ++p)
           correlate<T, w.value>(ds.at(p, c), kLanes * ds.t, x.at(p + lead, c), kLanes * x.t, x.t,

@@ -68,38 +68,6 @@ Tile<T> load_gate(const Plane& p, bool log_a, int64_t steps, int64_t channels, T
   return {buffer, width};
 }
 
-// Sixteen stored numbers of a dtype that is known.
-template <class T, DType S>
-RECURRA_INLINE Vec<T> load_stored(const char* p) {
-  if constexpr (S == kDType<T>)
-    return Vec<T>::load(reinterpret_cast<const T*>(p));
-  else if constexpr (S == DType::bf16)
-    return load_bf16(reinterpret_cast<const uint16_t*>(p));
-  else
-    return load_f16(reinterpret_cast<const uint16_t*>(p));
-}
-template <class T, DType S>
-RECURRA_INLINE void store_stored(char* p, Vec<T> v, bool past) {
-  if constexpr (S == kDType<T>) {
-    T* to = reinterpret_cast<T*>(p);
-    past ? v.stream(to) : v.store(to);
-  } else if constexpr (S == DType::bf16) {
-    store_bf16(reinterpret_cast<uint16_t*>(p), v);
-  } else {
-    store_f16(reinterpret_cast<uint16_t*>(p), v);
-  }
-}
-
-// f(Index<dtype>) for the dtypes whose arithmetic is in T.
-template <class T, class F>
-RECURRA_INLINE void for_storage(DType dtype, F f) {
-  if (dtype == kDType<T>) return f(Index<static_cast<int>(kDType<T>)>{});
-  if constexpr (sizeof(T) == 4) {
-    if (dtype == DType::bf16) return f(Index<static_cast<int>(DType::bf16)>{});
-    return f(Index<static_cast<int>(DType::f16)>{});
-  }
-}
-
 // Whether rows may be written past the caches, where each must start on a cache line.
 template <class T>
 bool may_stream(const Plane& p) {
