@@ -17,11 +17,12 @@ die() {
   exit 1
 }
 
-# timed WHAT COMMAND...: says how long it took.
+# timed WHAT COMMAND...: says how long it took. Passes a failure on by hand, since in a condition,
+# `timed ... || ...`, bash forgets -e within the function.
 timed() {
   local what="$1" begin=$SECONDS
   shift
-  "$@"
+  "$@" || return
   say "$what: $((SECONDS - begin)) s"
 }
 

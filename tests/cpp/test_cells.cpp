@@ -303,7 +303,7 @@ void test_cell() {
 
 }  // namespace
 
-int main() {
+int main(int, char**) {
   r::for_each_cell([](auto cell) { test_cell<decltype(cell)>(); });
   test_cell<r::Slstm>();
   test_cell<r::TwoStates>();
