@@ -133,9 +133,9 @@ RECURRA_INLINE void store_stored(char* p, Vec<T> v, bool past) {
     T* to = reinterpret_cast<T*>(p);
     past ? v.stream(to) : v.store(to);
   } else if constexpr (S == DType::bf16) {
-    store_bf16(reinterpret_cast<uint16_t*>(p), v);
+    store_bf16(reinterpret_cast<uint16_t*>(p), v, past);
   } else {
-    store_f16(reinterpret_cast<uint16_t*>(p), v);
+    store_f16(reinterpret_cast<uint16_t*>(p), v, past);
   }
 }
 
@@ -177,7 +177,7 @@ inline Tile<T> load_tile(const Plane& p, int64_t steps, int64_t channels, T* buf
           for (int64_t c = 0; c < whole; c += kLanes) {
             const char* from = p.data + (t * p.stride_t + c) * item;
             // The same line of the next tile, whose rows are too short to be foreseen.
-            prefetch_early(from + steps * p.stride_t * item);
+            prefetch<2>(from + steps * p.stride_t * item);
             load_stored<T, DType(dtype.value)>(from).store(buffer + t * width + c);
           }
       });
@@ -195,7 +195,7 @@ inline Tile<T> load_tile(const Plane& p, int64_t steps, int64_t channels, T* buf
         Vec<T> rows[kLanes];
         // The same lines of the next tile: no machine foresees sixteen rows that end here.
         const int64_t next = (p.stride_t > 0 ? steps : -steps) * item;
-        for (int i = 0; i < lanes; ++i) prefetch_early(from + (c + i) * p.stride_c * item + next);
+        for (int i = 0; i < lanes; ++i) prefetch<2>(from + (c + i) * p.stride_c * item + next);
         if (p.dtype == kDType<T> && n == kLanes && lanes == kLanes)
           for (int i = 0; i < kLanes; ++i)
             rows[i] = Vec<T>::load(reinterpret_cast<const T*>(from) + (c + i) * p.stride_c);

@@ -254,8 +254,13 @@ def _causal_conv1d_errors() -> tuple[Arguments, list[ErrorInput]]:
             f"{name}: x must have dtype float32, float64, bfloat16 or float16, got int32",
         ),
         ErrorInput(
-            {"weight": _zeros(3, 4)},
-            f"{name}: weight must have shape (D, W >= 2) with D = 4, got (3, 4)",
+            {"weight": _zeros(5, 3)},
+            f"{name}: weight must have shape (D, W >= 2) with D = 4, got (5, 3)",
+        ),
+        ErrorInput(
+            {"x": _zeros(2, 4, 3)},
+            f"{name}: x must have shape (B, T, D) with D = 4 as in weight, got (2, 4, 3), which "
+            "looks like (B, D, L): pass x.transpose(1, 2)",
         ),
         ErrorInput(
             {"weight": _zeros(4, 1)},

@@ -1,6 +1,7 @@
 // The loops whose rates bound the kernels. They are written like the kernels, on Vec and the
 // functions of csrc/math, so what they reach is what a perfect kernel could.
 #include "bench/rates.h"
+#include "math/batch.h"
 #include "math/functions.h"
 #include "tile.h"
 
@@ -25,10 +26,11 @@ void pass_over_buffer(const LoopTask& task, float low, float high, F f) {
   for (int64_t n = 0; n < task.repeats; ++n) {
     touch(in, out);
     for (int i = 0; i < kBuffer; i += kUnroll * kLanes) {
-      V v[kUnroll];
-      _Pragma("GCC unroll 16") for (int k = 0; k < kUnroll; ++k) v[k] =
-          f(V::load(in + i + k * kLanes));
-      _Pragma("GCC unroll 16") for (int k = 0; k < kUnroll; ++k) v[k].store(out + i + k * kLanes);
+      Batch<V, kUnroll> v;
+      for_each_index<kUnroll>([&](auto k)
+                                  RECURRA_LAMBDA { v.v[k] = V::load(in + i + k * kLanes); });
+      v = f(v);
+      for_each_index<kUnroll>([&](auto k) RECURRA_LAMBDA { v.v[k].store(out + i + k * kLanes); });
     }
   }
   touch(in, out);
@@ -59,12 +61,12 @@ void run_loop(const LoopTask& task) {
                         RECURRA_LAMBDA { pass_over_buffer(task, low, high, f); };
   switch (task.loop) {
     case Loop::fma: return fma_chains(task);
-    case Loop::exp2: return over(-16, 0, [](V x) RECURRA_LAMBDA { return exp2_fast(x); });
-    case Loop::exp: return over(-16, 0, [](V x) RECURRA_LAMBDA { return exp(x); });
-    case Loop::sigmoid: return over(-8, 8, [](V x) RECURRA_LAMBDA { return sigmoid(x); });
-    case Loop::tanh: return over(-8, 8, [](V x) RECURRA_LAMBDA { return tanh(x); });
-    case Loop::softplus: return over(-8, 8, [](V x) RECURRA_LAMBDA { return softplus(x); });
-    case Loop::silu: return over(-8, 8, [](V x) RECURRA_LAMBDA { return silu(x); });
+    case Loop::exp2: return over(-16, 0, [](auto x) RECURRA_LAMBDA { return exp2_fast(x); });
+    case Loop::exp: return over(-16, 0, [](auto x) RECURRA_LAMBDA { return exp(x); });
+    case Loop::sigmoid: return over(-8, 8, [](auto x) RECURRA_LAMBDA { return sigmoid(x); });
+    case Loop::tanh: return over(-8, 8, [](auto x) RECURRA_LAMBDA { return tanh(x); });
+    case Loop::softplus: return over(-8, 8, [](auto x) RECURRA_LAMBDA { return softplus(x); });
+    case Loop::silu: return over(-8, 8, [](auto x) RECURRA_LAMBDA { return silu(x); });
   }
 }
 

@@ -79,7 +79,7 @@ bool may_stream(const Plane& p) {
 
 RECURRA_INLINE void prefetch_row(const Plane& p, int64_t t, int64_t channels) {
   const char* row = p.at(t, 0).data;
-  for (int64_t at = 0; at < channels * item_size(p.dtype); at += 64) prefetch_early(row + at);
+  for (int64_t at = 0; at < channels * item_size(p.dtype); at += 64) prefetch<2>(row + at);
 }
 
 // h and the state, where every tensor lies row by row.
@@ -117,7 +117,7 @@ bool by_time(const Plane& p) {
 template <class T>
 RECURRA_INLINE void load_block(const T* from, int64_t stride, int64_t ahead,
                                Vec<T> (&rows)[kLanes]) {
-  for (int i = 0; i < kLanes; ++i) prefetch_early(from + i * stride + ahead);
+  for (int i = 0; i < kLanes; ++i) prefetch<2>(from + i * stride + ahead);
   for (int i = 0; i < kLanes; ++i) rows[i] = Vec<T>::load(from + i * stride);
   transpose(rows);
 }

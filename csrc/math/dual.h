@@ -284,21 +284,18 @@ RECURRA_DUAL exp2_fast(const Dual<V, K, M>& x) {
   const V e = exp2_fast(x.value);
   return chain(x, e, e * V(Number<V>(0.69314718055994530942)));
 }
-RECURRA_DUAL expm1(const Dual<V, K, M>& x) {
-  const V e = expm1(x.value);
-  return chain(x, e, e + V(Number<V>(1)));
-}
+RECURRA_DUAL expm1(const Dual<V, K, M>& x) { return chain(x, expm1(x.value), exp(x.value)); }
 RECURRA_DUAL log1p(const Dual<V, K, M>& x) {
   const V one = V(Number<V>(1));
   return chain(x, log1p(x.value), one / (one + x.value));
 }
 RECURRA_DUAL sigmoid(const Dual<V, K, M>& x) {
-  const V s = sigmoid(x.value);
-  return chain(x, s, s * (V(Number<V>(1)) - s));
+  const ValueSlope<V> s = sigmoid_slope(x.value);
+  return chain(x, s.value, s.slope);
 }
 RECURRA_DUAL tanh(const Dual<V, K, M>& x) {
-  const V t = tanh(x.value);
-  return chain(x, t, fma(-t, t, V(Number<V>(1))));
+  const ValueSlope<V> t = tanh_slope(x.value);
+  return chain(x, t.value, t.slope);
 }
 RECURRA_DUAL softplus(const Dual<V, K, M>& x) {
   const ValueSlope<V> f = softplus_slope(x.value);

@@ -248,40 +248,61 @@ struct ValueSlope {
   V value, slope;
 };
 
-// 1 / (1 + exp(-x)) given t = exp(-|x|)
+// sigmoid(-|x|) and sigmoid(|x|), which add up to 1, from t = exp(-|x|) by one division; neither
+// has lost digits where it is small.
 template <Plain V>
-RECURRA_FN V sigmoid_of(V x, V t) {
-  const V one = V(Number<V>(1));
-  const auto negative = x < V(Number<V>(0));
-  const V s = select(negative, t, one) / (one + t);
-  // As t - t s, the small side carries less of the rounding of 1 + t.
-  return select(negative, fma(s, -t, t), s);
+struct Logistic {
+  V small, large;
+};
+template <Plain V>
+RECURRA_FN Logistic<V> logistic(V t) {
+  const V one = V(Number<V>(1)), q = t / (one + t);
+  // As t - t q, it carries less of the rounding of 1 + t.
+  return {fma(q, -t, t), one - q};
 }
 
-// float 1.65, double 1.58 ulp
+// The derivative is the product of the two; 3.8 ulp.
+template <Plain V>
+RECURRA_FN ValueSlope<V> sigmoid_slope_of(V x, V t) {
+  const Logistic<V> s = logistic(t);
+  return {select(x < V(Number<V>(0)), s.small, s.large), s.small * s.large};
+}
+template <Plain V>
+RECURRA_FN ValueSlope<V> sigmoid_slope(V x) {
+  return sigmoid_slope_of(x, exp_minus_abs(x));
+}
+// float 1.61, double 1.58 ulp
 template <Plain V>
 RECURRA_FN V sigmoid(V x) {
-  return sigmoid_of(x, exp_minus_abs(x));
+  return sigmoid_slope(x).value;
 }
 
+// tanh and 1 - tanh^2 without its cancellation, 4 e / (e + 1)^2 with e = exp(2 |x|); 0 where that
+// is below 1e-34, 1e-303 in double; 4.3 ulp.
+template <Plain V>
+RECURRA_FN ValueSlope<V> tanh_slope(V x) {
+  using T = Number<V>;
+  const V one = V(T(1)), two = V(T(2)), bound = either<V>(80, 700), twice = abs(x + x);
+  const Reduced<V> e = reduce_ln2(at_most(bound, twice));
+  const V s = scale2(one, e.n);
+  const V em = fma(expm1_reduced(e.r), s, s - one);  // expm1(2|x|)
+  // em / (em + 2), and what the rounding of the denominator took away.
+  const V inverse = one / (em + two), q = em * inverse;
+  const V rest = fma(q, -em, fma(q, -two, em));
+  const V slope = (em + one) * inverse * (inverse * V(T(4)));
+  return {copysign(fma(rest, inverse, q), x), select(bound <= twice, V(T(0)), slope)};
+}
 // float 1.81, double 1.78 ulp
 template <Plain V>
 RECURRA_FN V tanh(V x) {
-  using T = Number<V>;
-  const Reduced<V> e = reduce_ln2(at_most(either<V>(20, 44), abs(x + x)));
-  const V s = scale2(V(T(1)), e.n);
-  const V em = fma(expm1_reduced(e.r), s, s - V(T(1)));  // expm1(2|x|)
-  // em / (em + 2), and what the rounding of the denominator took away.
-  const V inverse = V(T(1)) / (em + V(T(2))), q = em * inverse;
-  const V rest = fma(q, -em, fma(q, V(T(-2)), em));
-  return copysign(fma(rest, inverse, q), x);
+  return tanh_slope(x).value;
 }
 
 // log(1 + exp(x)) and sigmoid(x)
 template <Plain V>
 RECURRA_FN ValueSlope<V> softplus_slope(V x) {
   const V t = exp_minus_abs(x);
-  return {max(x, V(Number<V>(0))) + log1p_unit(t), sigmoid_of(x, t)};
+  return {max(x, V(Number<V>(0))) + log1p_unit(t), sigmoid_slope_of(x, t).value};
 }
 // float 2.98, double 1.54 ulp; no cut to the identity, at 20 or elsewhere
 template <Plain V>
@@ -289,24 +310,21 @@ RECURRA_FN V softplus(V x) {
   return softplus_slope(x).value;
 }
 
-// x sigmoid(x) and its derivative. The value is scaled last, because for very negative x the
-// sigmoid alone has lost its digits to underflow.
+// x s and s (1 + x (1 - s)) with s = sigmoid(x). Both are scaled last, because for very negative x
+// the sigmoid alone has lost its digits to underflow; x is bounded where it meets a zero.
 template <Plain V>
 RECURRA_FN ValueSlope<V> silu_slope(V x) {
   using T = Number<V>;
   const V zero = V(T(0)), one = V(T(1));
   const V y = at_least(either<V>(-128, -800), -abs(x));
   const Reduced<V> e = reduce_ln2(y);
-  const V p = exp_reduced(e.r), t = scale2(p, e.n);
+  const V p = exp_reduced(e.r), t = scale2(p, e.n), q = t / (one + t);
   const auto negative = x < zero;
-  const V part = select(negative, y * p, x), q = part / (one + t);
-  // As in sigmoid_of.
-  const V value = scale2(select(negative, fma(q, -t, part), q), select(negative, e.n, zero));
-  const V s = sigmoid_of(x, t);
-  // s + x s (1 - s); the bound keeps infinity times zero out.
-  return {value, fma(min(value, either<V>(200, 1000)), one - s, s)};
+  const V large = one - q, s = select(negative, fma(q, -p, p), large);
+  const V n = select(negative, e.n, zero), other = select(negative, large, fma(q, -t, t));
+  return {scale2(select(negative, y, x) * s, n), scale2(s * fma(copysign(y, x), other, one), n)};
 }
-// float 2.42, double 2.11 ulp; -0 at -infinity
+// float 2.60, double 2.49 ulp; -0 at -infinity
 template <Plain V>
 RECURRA_FN V silu(V x) {
   return silu_slope(x).value;

@@ -34,12 +34,12 @@ struct LaneSums {
 };
 
 template <class K, int Count, class T>
-RECURRA_INLINE void recompute(int64_t steps, const T* dt, const T* dtu, T* y, const T* A,
+RECURRA_INLINE void recompute(int64_t steps, ChunkRows<T>& rows, int64_t lane, const T* A,
                               int64_t apart, int64_t padded, const StateRows<T>& B,
                               const StateRows<T>& C, int64_t n, const T* before,
-                              Held<T, K::parts>& held) {
+                              Held<T, K::parts>& held, LaneSums<T, K::parts>& sums) {
   using State = typename K::State;
-  constexpr int64_t other = kScanChunk * kStates;
+  constexpr int64_t other = kScanChunk * kStates, apart_sum = kScanChunk * kLanes;
   State h[Count], A2[Count];
 #pragma GCC unroll 4
   for (int i = 0; i < Count; ++i) {
@@ -47,7 +47,9 @@ RECURRA_INLINE void recompute(int64_t steps, const T* dt, const T* dtu, T* y, co
     A2[i] = scaled(K::load(A + i * padded, apart), T(1.4426950408889634));
   }
   for (int64_t t = 0; t < steps; ++t) {
-    const Vec<T> step = Vec<T>::load(dt + t * kWidth), in = Vec<T>::load(dtu + t * kWidth);
+    const int64_t at = t * kRow + lane;
+    const Vec<T> step = Vec<T>::load(rows.dt.x + at), in = Vec<T>::load(rows.dtu.x + at),
+                 Y = Vec<T>::load(rows.Y.x + at) * Vec<T>(K::weight);
     Vec<T> sum(T(0));
     const T* b = B.x[0] + t * kStates + n;
     const T* c = C.x[0] + t * kStates + n;
@@ -58,8 +60,11 @@ RECURRA_INLINE void recompute(int64_t steps, const T* dt, const T* dtu, T* y, co
       sum = add_real(K::broadcast(c + i, other), h[i], sum);
       K::store(held.a[t][i][0], kLanes, a);
       K::store(held.h[t][i][0], kLanes, h[i]);
+      T* dC = sums.x[1][i][0][t];
+      K::store(dC, apart_sum, fma(conj(h[i]), Y, K::load(dC, apart_sum)));
     }
-    fma(sum, Vec<T>(K::weight), Vec<T>::load(y + t * kWidth)).store(y + t * kWidth);
+    T* const y = rows.y.x + at;
+    fma(sum, Vec<T>(K::weight), Vec<T>::load(y)).store(y);
   }
 }
 
@@ -71,15 +76,15 @@ RECURRA_INLINE void reverse(int64_t steps, const ChunkRows<T>& rows, T* p, T* q,
                             LaneSums<T, K::parts>& sums) {
   using State = typename K::State;
   constexpr int64_t other = kScanChunk * kStates, apart_sum = kScanChunk * kLanes;
-  State carry[Count], dA[Count], h[Count];
+  State carry[Count], dA[Count], A_n[Count];
 #pragma GCC unroll 4
   for (int i = 0; i < Count; ++i) {
     carry[i] = K::load(carry_rows + i * padded, apart);
     dA[i] = K::load(sum_A + i * padded, apart);
-    h[i] = steps > 0 ? K::load(held.h[steps - 1][i][0], kLanes) : carry[i];
+    A_n[i] = conj(K::load(A + i * padded, apart));
   }
   for (int64_t t = steps - 1; t >= 0; --t) {
-    const int64_t at = t * kWidth + lane;
+    const int64_t at = t * kRow + lane;
     const Vec<T> step = Vec<T>::load(rows.dt.x + at), in = Vec<T>::load(rows.dtu.x + at),
                  Y = Vec<T>::load(rows.Y.x + at) * Vec<T>(K::weight);
     Vec<T> sum_p = Vec<T>::load(p + at), sum_q = Vec<T>::load(q + at);
@@ -91,15 +96,12 @@ RECURRA_INLINE void reverse(int64_t steps, const ChunkRows<T>& rows, T* p, T* q,
           t > 0 ? K::load(held.h[t - 1][i][0], kLanes) : K::load(before + i * padded, apart);
       const State g = fma(conj(K::broadcast(c + i, other)), Y, carry[i]);
       T* dB = sums.x[0][i][0][t];
-      T* dC = sums.x[1][i][0][t];
-      K::store(dC, apart_sum, fma(conj(h[i]), Y, K::load(dC, apart_sum)));
       K::store(dB, apart_sum, fma(g, in, K::load(dB, apart_sum)));
       sum_p = add_real(g, conj(K::broadcast(b + i, other)), sum_p);
       carry[i] = conj(K::load(held.a[t][i][0], kLanes)) * g;
       const State turned = carry[i] * conj(previous);
-      sum_q = add_real(conj(K::load(A + i * padded, apart)), turned, sum_q);
+      sum_q = add_real(A_n[i], turned, sum_q);
       dA[i] = fma(turned, step, dA[i]);
-      h[i] = previous;
     }
     sum_p.store(p + at);
     sum_q.store(q + at);
@@ -278,8 +280,8 @@ void run(const SelectiveScanBackward& args) {
         const int64_t t0 = k * kScanChunk;
         const int64_t steps = s.length() - t0 < kScanChunk ? s.length() - t0 : kScanChunk;
         const auto load = [&](const View<3>& v, SpanRows<T>& to) {
-          return v ? load_tile<T>(plane(v, s, false, c0).at(t0, 0), steps, nc, to.x, kWidth)
-                   : Tile<T>{to.x, kWidth};
+          return v ? load_tile<T>(plane(v, s, false, c0).at(t0, 0), steps, nc, to.x, kRow)
+                   : Tile<T>{to.x, kRow};
         };
         const Tile<T> u = load(args.u, chunk.u), delta = load(args.delta, chunk.delta),
                       z = load(args.z, chunk.z), dy = load(args.dy, chunk.dy);
@@ -303,9 +305,8 @@ void run(const SelectiveScanBackward& args) {
                     prefetch_tile(plane(*v, s, false, c0).at(t0 - kScanChunk, c), kScanChunk,
                                   at_most_lanes(nc - c));
               const int64_t row = (n0 + i) * padded + c;
-              recompute<K, Count>(steps, chunk.dt.at(0, c), chunk.dtu.at(0, c), chunk.y.at(0, c),
-                                  lanes_A + lane0 + row, apart, padded, B, C, i, before + row,
-                                  held);
+              recompute<K, Count>(steps, chunk, c, lanes_A + lane0 + row, apart, padded, B, C, i,
+                                  before + row, held, sums);
               reverse<K, Count>(steps, chunk, chunk.p.x, chunk.q.x, c, lanes_A + lane0 + row, apart,
                                 padded, B, C, i, before + row, held, carry + row, sum_A + row,
                                 sums);
@@ -329,7 +330,7 @@ void run(const SelectiveScanBackward& args) {
         }
         conclude(args, chunk, steps, nc, u, delta, z, dy, bias, skip, dD, dD + padded);
         const auto store = [&](const View<3>& v, const SpanRows<T>& from) {
-          store_tile<T>(plane(v, s, false, c0).at(t0, 0), steps, nc, from.x, kWidth, stream);
+          store_tile<T>(plane(v, s, false, c0).at(t0, 0), steps, nc, from.x, kRow, stream);
         };
         store(args.du, chunk.p);
         store(args.ddelta, chunk.q);

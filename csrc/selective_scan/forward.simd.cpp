@@ -21,7 +21,7 @@ RECURRA_INLINE void advance(int64_t steps, const T* dt, const T* dtu, T* y, cons
     a[i] = scaled(K::load(A + i * padded, apart), T(1.4426950408889634));
   }
   for (int64_t t = 0; t < steps; ++t) {
-    const Vec<T> step = Vec<T>::load(dt + t * kWidth), in = Vec<T>::load(dtu + t * kWidth);
+    const Vec<T> step = Vec<T>::load(dt + t * kRow), in = Vec<T>::load(dtu + t * kRow);
     Vec<T> sum(T(0));
     const T* b = B.x[0] + t * kStates + n;
     const T* c = C.x[0] + t * kStates + n;
@@ -30,7 +30,7 @@ RECURRA_INLINE void advance(int64_t steps, const T* dt, const T* dtu, T* y, cons
       h[i] = fma(exp_scaled(a[i] * step), h[i], K::broadcast(b + i, other) * in);
       sum = add_real(K::broadcast(c + i, other), h[i], sum);
     }
-    fma(sum, Vec<T>(K::weight), Vec<T>::load(y + t * kWidth)).store(y + t * kWidth);
+    fma(sum, Vec<T>(K::weight), Vec<T>::load(y + t * kRow)).store(y + t * kRow);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < Count; ++i) K::store(h_rows + i * h_row, h_apart, h[i]);
@@ -55,8 +55,8 @@ void run(const SelectiveScan& args) {
     const Plane out = plane(args.y, s, false, c0);
     SpanRows<T> u_rows, dt, dtu, y;
     if (slot < 0) {
-      zero_rows(y.x, s.length(), whole(nc), kWidth);
-      return store_tile<T>(out, s.length(), nc, y.x, kWidth, false);
+      zero_rows(y.x, s.length(), whole(nc), kRow);
+      return store_tile<T>(out, s.length(), nc, y.x, kRow, false);
     }
     const Plane u_plane = plane(args.u, s, false, c0),
                 delta_plane = plane(args.delta, s, false, c0),
@@ -84,8 +84,8 @@ void run(const SelectiveScan& args) {
           for (int64_t c = 0; c < nc; c += kLanes)
             Vec<T>::load(h + i * row + c).store(to + i * padded + c);
       }
-      const StoredRows<T> u = stored_rows<T>(u_plane.at(t0, 0), steps, nc, u_rows.x, kWidth);
-      const StoredRows<T> delta = stored_rows<T>(delta_plane.at(t0, 0), steps, nc, dt.x, kWidth);
+      const StoredRows<T> u = stored_rows<T>(u_plane.at(t0, 0), steps, nc, u_rows.x, kRow);
+      const StoredRows<T> delta = stored_rows<T>(delta_plane.at(t0, 0), steps, nc, dt.x, kRow);
       for (int64_t t = 0; t < steps; ++t)
         for (int64_t c = 0; c < nc; c += kLanes) {
           const int lanes = at_most_lanes(nc - c);
@@ -119,12 +119,12 @@ void run(const SelectiveScan& args) {
         }
       }
       if (args.z) {
-        const StoredRows<T> z = stored_rows<T>(z_plane.at(t0, 0), steps, nc, u_rows.x, kWidth);
+        const StoredRows<T> z = stored_rows<T>(z_plane.at(t0, 0), steps, nc, u_rows.x, kRow);
         for (int64_t t = 0; t < steps; ++t)
           for (int64_t c = 0; c < nc; c += kLanes)
             (Vec<T>::load(y.at(t, c)) * silu(z.at(t, c, at_most_lanes(nc - c)))).store(y.at(t, c));
       }
-      store_tile<T>(out.at(t0, 0), steps, nc, y.x, kWidth, stream);
+      store_tile<T>(out.at(t0, 0), steps, nc, y.x, kRow, stream);
     }
     for (int i = 0; i < K::parts; ++i)
       store_tile<T>(state_plane(part(args.h_last, i), slot, c0), states, nc, h + i * parts_apart,

@@ -8,18 +8,21 @@
 namespace recurra::RECURRA_ISA {
 
 constexpr int64_t kWidth = Spans::kSpanBlocks * kLanes;  // channels of a span
-constexpr int64_t kStates = kFewStates;                  // states whose B and C are held at a time
+// Apart by one vector more than a power of two, so that a column of a few arrays of rows does not
+// crowd into an eighth of the first cache.
+constexpr int64_t kRow = kWidth + kLanes;
+constexpr int64_t kStates = kFewStates;  // states whose B and C are held at a time
 
 constexpr int64_t kStreamFrom = 8 << 20;  // bytes of output that no cache should hold
 
 // Real states whose products with C are summed before they join y; what is left over joins singly.
 constexpr int kReadout = 8;
 
-// Rows of a span: (kScanChunk, kWidth).
+// Rows of a span: (kScanChunk, kWidth), kRow apart.
 template <class T>
 struct SpanRows {
-  T x[kScanChunk * kWidth] __attribute__((aligned(64)));
-  RECURRA_INLINE T* at(int64_t t, int64_t lane) { return x + t * kWidth + lane; }
+  T x[kScanChunk * kRow] __attribute__((aligned(64)));
+  RECURRA_INLINE T* at(int64_t t, int64_t lane) { return x + t * kRow + lane; }
 };
 
 // B or C of a chunk: kStates numbers a step, and their imaginary parts.
@@ -159,10 +162,11 @@ RECURRA_INLINE void prefetch_tile(const Plane& p, int64_t steps, int64_t channel
   const int64_t item = item_size(p.dtype), line = 64 / item;
   if (p.stride_c == 1) {
     for (int64_t t = 0; t < steps; ++t)
-      for (int64_t c = 0; c < channels; c += line) prefetch(p.data + (t * p.stride_t + c) * item);
+      for (int64_t c = 0; c < channels; c += line)
+        prefetch<2>(p.data + (t * p.stride_t + c) * item);
   } else if (p.stride_t == 1) {
     for (int64_t c = 0; c < channels; ++c)
-      for (int64_t t = 0; t < steps; t += line) prefetch(p.data + (t + c * p.stride_c) * item);
+      for (int64_t t = 0; t < steps; t += line) prefetch<2>(p.data + (t + c * p.stride_c) * item);
   }
 }
 

@@ -16,6 +16,12 @@ namespace recurra::RECURRA_ISA {
 
 constexpr int kLanes = 16;
 
+// Asks for the line of p in the first or the second cache.
+template <int cache>
+RECURRA_INLINE void prefetch(const void* p) {
+  __builtin_prefetch(p, 0, cache == 1 ? 3 : 2);
+}
+
 // One hardware register of T: type, mask, width and the operations of this instruction set.
 template <class T>
 struct Reg;
@@ -117,7 +123,8 @@ RECURRA_BINARY(operator/, div)
 RECURRA_BINARY(min, min)  // a < b ? a : b, so b where either is NaN
 RECURRA_BINARY(max, max)  // a > b ? a : b, so b where either is NaN
 RECURRA_BINARY(copysign, copysign)
-RECURRA_BINARY(scale2, scale2)  // a * 2^b for integral b, rounded once; finite a
+RECURRA_BINARY(fraction, fraction)  // a - b for b = round(a), and anything finite for infinite a
+RECURRA_BINARY(scale2, scale2)      // a * 2^b for integral b, rounded once; finite a
 RECURRA_COMPARE(operator<, lt)
 RECURRA_COMPARE(operator<=, le)
 RECURRA_COMPARE(operator==, eq)
@@ -228,13 +235,21 @@ RECURRA_INLINE Vec<float> load_f16(const uint16_t* p) {
   using T = float;
   RECURRA_MAP(Vec<T>, out.r[k] = Reg<T>::load_f16(p + k * Reg<T>::width))
 }
-RECURRA_INLINE void store_bf16(uint16_t* p, Vec<float> v) {
-  constexpr int K = Vec<float>::K;
-  RECURRA_EACH Reg<float>::store_bf16(p + k * Reg<float>::width, v.r[k]);
-}
-RECURRA_INLINE void store_f16(uint16_t* p, Vec<float> v) {
-  constexpr int K = Vec<float>::K;
-  RECURRA_EACH Reg<float>::store_f16(p + k * Reg<float>::width, v.r[k]);
-}
+// `past` the caches: p aligned to the bytes that this writes, and fence() afterwards.
+// clang-format off
+#define RECURRA_STORE_HALF(NAME, CONVERT)                                           \
+  RECURRA_INLINE void NAME(uint16_t* p, Vec<float> v, bool past = false) {          \
+    using R = Reg<float>;                                                           \
+    constexpr int K = Vec<float>::K;                                                \
+    RECURRA_EACH {                                                                  \
+      uint16_t* to = p + k * R::width;                                              \
+      const R::half bits = R::CONVERT(v.r[k]);                                      \
+      past ? R::stream_half(to, bits) : R::store_half(to, bits);                    \
+    }                                                                               \
+  }
+// clang-format on
+RECURRA_STORE_HALF(store_bf16, to_bf16)
+RECURRA_STORE_HALF(store_f16, to_f16)
+#undef RECURRA_STORE_HALF
 
 }  // namespace recurra::RECURRA_ISA

@@ -5,13 +5,6 @@
 namespace recurra::RECURRA_ISA {
 
 RECURRA_INLINE void fence() { _mm_sfence(); }
-RECURRA_INLINE void prefetch(const void* p) {
-  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
-}
-// Into the second cache, for what is needed later than the first could keep it.
-RECURRA_INLINE void prefetch_early(const void* p) {
-  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
-}
 
 template <>
 struct Reg<float> {
@@ -48,6 +41,7 @@ struct Reg<float> {
   }
   static RECURRA_INLINE V sqrt(V a) { return _mm256_sqrt_ps(a); }
   static RECURRA_INLINE V round(V a) { return _mm256_round_ps(a, 8); }
+  static RECURRA_INLINE V fraction(V a, V n) { return min(sub(a, n), set(0.5f)); }
   static RECURRA_INLINE V power2(__m256i n) {  // 2^n for a normal result
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
   }
@@ -84,7 +78,9 @@ struct Reg<float> {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
   }
-  static RECURRA_INLINE void store_bf16(uint16_t* p, V v) {
+  // Eight numbers as bits of 16-bit storage.
+  using half = __m128i;
+  static RECURRA_INLINE half to_bf16(V v) {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded =
@@ -94,14 +90,13 @@ struct Reg<float> {
     const V out = _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), nan);
     const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(out), 16);
     const __m256i packed = _mm256_packus_epi32(high, high);
-    const __m256i ordered = _mm256_permute4x64_epi64(packed, 0x08);
-    _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(ordered));
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
   }
+  static RECURRA_INLINE half to_f16(V v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+  static RECURRA_INLINE void store_half(uint16_t* p, half v) { _mm_storeu_si128((__m128i*)p, v); }
+  static RECURRA_INLINE void stream_half(uint16_t* p, half v) { _mm_stream_si128((__m128i*)p, v); }
   static RECURRA_INLINE V load_f16(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-  }
-  static RECURRA_INLINE void store_f16(uint16_t* p, V v) {
-    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
 
   static RECURRA_INLINE void transpose8(V (&r)[8]) {
@@ -182,6 +177,7 @@ struct Reg<double> {
   }
   static RECURRA_INLINE V sqrt(V a) { return _mm256_sqrt_pd(a); }
   static RECURRA_INLINE V round(V a) { return _mm256_round_pd(a, 8); }
+  static RECURRA_INLINE V fraction(V a, V n) { return min(sub(a, n), set(0.5)); }
   static RECURRA_INLINE V power2(__m256i n) {
     return _mm256_castsi256_pd(
         _mm256_slli_epi64(_mm256_add_epi64(n, _mm256_set1_epi64x(1023)), 52));

@@ -10,13 +10,6 @@
 namespace recurra::RECURRA_ISA {
 
 RECURRA_INLINE void fence() { _mm_sfence(); }
-RECURRA_INLINE void prefetch(const void* p) {
-  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
-}
-// Into the second cache, for what is needed later than the first could keep it.
-RECURRA_INLINE void prefetch_early(const void* p) {
-  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1);
-}
 
 template <class T>
 struct Vec;
@@ -54,6 +47,7 @@ struct Reg<float> {
   }
   static RECURRA_INLINE V sqrt(V a) { return _mm512_sqrt_ps(a); }
   static RECURRA_INLINE V round(V a) { return _mm512_roundscale_ps(a, 8); }
+  static RECURRA_INLINE V fraction(V a, V) { return _mm512_reduce_ps(a, 8); }
   static RECURRA_INLINE V scale2(V a, V n) { return _mm512_scalef_ps(a, n); }
   static RECURRA_INLINE V exponent(V a) { return _mm512_getexp_ps(a); }
   static RECURRA_INLINE V mantissa(V a) {
@@ -74,20 +68,27 @@ struct Reg<float> {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
   }
-  static RECURRA_INLINE void store_bf16(uint16_t* p, V v) {
-    const __m512i bits = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded =
-        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  // Sixteen numbers as bits of 16-bit storage.
+  using half = __m256i;
+  static RECURRA_INLINE half to_bf16(V v) {
+    const __m512i bits = _mm512_castps_si512(v), quiet = _mm512_set1_epi32(0x00400000);
+    const M odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
     const M nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    const __m512i out = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x00400000));
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(out, 16)));
+    const __m512i half_ulp =
+        _mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
+    const __m512i rounded =
+        _mm512_mask_or_epi32(_mm512_add_epi32(bits, half_ulp), nan, bits, quiet);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  }
+  static RECURRA_INLINE half to_f16(V v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+  static RECURRA_INLINE void store_half(uint16_t* p, half v) {
+    _mm256_storeu_si256((__m256i*)p, v);
+  }
+  static RECURRA_INLINE void stream_half(uint16_t* p, half v) {
+    _mm256_stream_si256((__m256i*)p, v);
   }
   static RECURRA_INLINE V load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-  }
-  static RECURRA_INLINE void store_f16(uint16_t* p, V v) {
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
 
   template <class Rows>
@@ -153,6 +154,7 @@ struct Reg<double> {
   }
   static RECURRA_INLINE V sqrt(V a) { return _mm512_sqrt_pd(a); }
   static RECURRA_INLINE V round(V a) { return _mm512_roundscale_pd(a, 8); }
+  static RECURRA_INLINE V fraction(V a, V) { return _mm512_reduce_pd(a, 8); }
   static RECURRA_INLINE V scale2(V a, V n) { return _mm512_scalef_pd(a, n); }
   static RECURRA_INLINE V exponent(V a) { return _mm512_getexp_pd(a); }
   static RECURRA_INLINE V mantissa(V a) {

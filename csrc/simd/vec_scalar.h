@@ -6,8 +6,6 @@
 namespace recurra::RECURRA_ISA {
 
 RECURRA_INLINE void fence() {}
-RECURRA_INLINE void prefetch(const void*) {}
-RECURRA_INLINE void prefetch_early(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 template <class To, class From>
 RECURRA_INLINE To bits(From from) {
@@ -50,6 +48,7 @@ struct ScalarReg {
     const T r = a < 0 ? (a - big) + big : (a + big) - big;
     return std::copysign(r, a);
   }
+  static RECURRA_INLINE T fraction(T a, T n) { return min(a - n, T(0.5)); }
   static RECURRA_INLINE T power2(Int n) { return bits<T>((n + kBias) << kBits); }
   // The largest step last when shrinking, so that it alone can leave the normal range and rounds
   // once; growing is exact until it overflows. NaN in either operand goes through.
@@ -83,9 +82,11 @@ struct Reg<float> : ScalarReg<float, int32_t, 23, 127> {
   static RECURRA_INLINE float load_bf16(const uint16_t* p) {
     return bits<float>(static_cast<uint32_t>(*p) << 16);
   }
-  static RECURRA_INLINE void store_bf16(uint16_t* p, float v) {
+  // The bits of 16-bit storage.
+  using half = uint16_t;
+  static RECURRA_INLINE half to_bf16(float v) {
     const uint32_t u = bits<uint32_t>(v);
-    *p = static_cast<uint16_t>((v == v ? u + 0x7fff + ((u >> 16) & 1) : u | 0x00400000) >> 16);
+    return static_cast<half>((v == v ? u + 0x7fff + ((u >> 16) & 1) : u | 0x00400000) >> 16);
   }
   static RECURRA_INLINE float load_f16(const uint16_t* p) {
     const uint32_t sign = (*p & 0x8000u) << 16, rest = *p & 0x7fffu;
@@ -96,7 +97,7 @@ struct Reg<float> : ScalarReg<float, int32_t, 23, 127> {
     // The bits shifted into place are the value divided by 2^112, subnormals included.
     return bits<float>(sign | bits<uint32_t>(bits<float>(rest << 13) * 0x1p112f));
   }
-  static RECURRA_INLINE void store_f16(uint16_t* p, float v) {
+  static RECURRA_INLINE half to_f16(float v) {
     const uint32_t u = bits<uint32_t>(v), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
     uint32_t out;
     if (magnitude > 0x7f800000) {
@@ -108,8 +109,10 @@ struct Reg<float> : ScalarReg<float, int32_t, 23, 127> {
     } else {
       out = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
     }
-    *p = static_cast<uint16_t>(sign | out);
+    return static_cast<half>(sign | out);
   }
+  static RECURRA_INLINE void store_half(uint16_t* p, half v) { *p = v; }
+  static RECURRA_INLINE void stream_half(uint16_t* p, half v) { *p = v; }
 };
 
 }  // namespace recurra::RECURRA_ISA

@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from recurra.bench import cases, report
+    from recurra.bench import cases, report, timing
 
     if args.shape:
         if len(args.op) != 1:
@@ -99,6 +99,8 @@ def _bench(args: argparse.Namespace) -> int:
             print(case.name + ("  (not available in this build)" if case.missing else ""))
         return 0
 
+    if not args.fresh_memory:
+        timing.restart_for_warm_memory()
     about = report.header(warm=not args.fresh_memory)
     rates = report.print_rates() if args.rates else None
     # The rates alone are a question of their own.

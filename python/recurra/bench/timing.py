@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 import statistics
 import subprocess
 import sys
@@ -25,19 +26,41 @@ class Timing:
         return statistics.median(self.runs)
 
 
+_TUNABLE = "glibc.malloc.tcache_count=0"
+
+
+def restart_for_warm_memory() -> None:
+    """Starts this process anew, once, with glibc's cache of small blocks off.
+
+    The cache holds the few bytes that aligning a block splits off its front. A large block that is
+    freed has then become too small for the next one of its size, and every result lies in memory
+    that is new to the process. Only the environment of a starting process can turn it off.
+    """
+    given = os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform == "linux" and _TUNABLE not in given:
+        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (given, _TUNABLE)))
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def keep_memory_warm() -> bool:
     """Keeps freed memory in the process, as a training loop's allocator would like to.
 
     glibc returns every block above 32 MiB to the system, so that each large result is zeroed and
     mapped again page by page, which costs several times as much as computing it. With this, the
     times of everything that runs in this process, peers included, are those of warm memory.
+
+    Returns:
+        Whether that is so: see also :func:`restart_for_warm_memory`.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    M_MXFAST, M_TRIM_THRESHOLD, M_MMAP_MAX = 1, -1, -4
+    settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_MXFAST: 0}
+    done = all([mallopt(k, v) for k, v in settings.items()])
+    return done and _TUNABLE in os.environ.get("GLIBC_TUNABLES", "")
 
 
 def interleave(
