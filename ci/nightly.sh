@@ -11,7 +11,7 @@ export RECURRA_TEST_TIER=nightly
 
 say "tests/cpp, plain and in full"
 build_cpp_tests plain ""
-ctest --test-dir "$CPP" --no-tests=error --output-on-failure
+ctest --test-dir "$CPP" -j 2 --no-tests=error --output-on-failure
 if command -v valgrind > /dev/null; then
   say "Valgrind, scalar"
   valgrind -q --error-exitcode=1 "$CPP/tests/cpp/test_kernels" --isa scalar --cases 40

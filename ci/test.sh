@@ -11,6 +11,6 @@ say "lint"
 python ci/lint.py
 python ci/lint.py --objects "$BUILD/package"
 build_cpp_tests asan address,undefined
-ctest --test-dir "$CPP" --no-tests=error --output-on-failure
+ctest --test-dir "$CPP" -j 2 --no-tests=error --output-on-failure
 say "pytest"
 exec python -m pytest "$@"

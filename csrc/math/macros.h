@@ -5,7 +5,7 @@
 #if defined(__CUDACC__)
 #define RECURRA_FN __host__ __device__ __forceinline__
 #define RECURRA_LAMBDA
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(RECURRA_SANITIZED)
 #define RECURRA_FN inline __attribute__((always_inline))
 #define RECURRA_LAMBDA __attribute__((always_inline))
 #else

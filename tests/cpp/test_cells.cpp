@@ -9,6 +9,7 @@
 #include "cells/all.h"
 #include "cells/evaluate.h"
 #include "cells/jacobian.h"
+#include "check.h"
 #include "simd/vec.h"
 
 namespace recurra::RECURRA_ISA {
@@ -87,19 +88,6 @@ struct Vocabulary {
 namespace r = recurra::RECURRA_ISA;
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(CONDITION, ...)                                      \
-  do {                                                             \
-    if (!(CONDITION)) {                                            \
-      if (++failures < 40) {                                       \
-        std::printf("FAILED line %d: %s: ", __LINE__, #CONDITION); \
-        std::printf(__VA_ARGS__);                                  \
-        std::printf("\n");                                         \
-      }                                                            \
-    }                                                              \
-  } while (0)
 
 // x, h and p of one step, one after the other; steps of a vector are sixteen of these.
 template <class Cell, class V>

@@ -1,5 +1,5 @@
-// Accuracy of csrc/math and rightness of csrc/simd/vec.h, for the instruction set that this file is
-// compiled for. Prints the largest error of every function and fails when a bound is exceeded.
+// Accuracy of csrc/math for the instruction set that this file is compiled for. Prints the largest
+// error of every function and fails when a bound is exceeded.
 //   test_math [--full] [--dump FILE]
 // --full: the scalar build takes as many samples as the others. --dump: the result bits of a fixed
 // sample, which must be the same bytes whatever the instruction set.
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "bits.h"
+#include "check.h"
 #include "math/dual.h"
 #include "simd/vec.h"
 
@@ -22,21 +23,8 @@ using r::Vec;
 
 namespace {
 
-int failures = 0;
 bool full = true;
 constexpr int kBlock = 4096;
-constexpr float kInf = std::numeric_limits<float>::infinity();
-
-#define CHECK(CONDITION, ...)                                      \
-  do {                                                             \
-    if (!(CONDITION)) {                                            \
-      if (++failures < 40) {                                       \
-        std::printf("FAILED line %d: %s: ", __LINE__, #CONDITION); \
-        std::printf(__VA_ARGS__);                                  \
-        std::printf("\n");                                         \
-      }                                                            \
-    }                                                              \
-  } while (0)
 
 // One function: on blocks of vectors, on a plain number, and its reference in wider arithmetic.
 template <class T, class Wide>
@@ -370,197 +358,6 @@ void test_exact_points() {
   CHECK(r::softplus_slope(inf).slope == 1 && r::softplus_slope(-inf).slope == 0, "softplus'");
 }
 
-// csrc/simd/vec.h against plain arithmetic.
-template <class T>
-void test_vec_of() {
-  using L = std::numeric_limits<T>;
-  constexpr int N = r::kLanes;
-  std::mt19937_64 random(3);
-  const T special[] = {0,
-                       T(-0.0),
-                       1,
-                       -1,
-                       L::infinity(),
-                       -L::infinity(),
-                       L::quiet_NaN(),
-                       L::denorm_min(),
-                       -L::denorm_min(),
-                       L::min(),
-                       L::max(),
-                       L::lowest(),
-                       T(0.5),
-                       T(1.5),
-                       T(2.5),
-                       T(-0.5),
-                       T(-2.5),
-                       T(1 / L::epsilon()),
-                       T(1 / L::epsilon() - 0.5),
-                       T(0.5) - L::epsilon() / 4};
-  const auto draw = [&]() -> T {
-    if (random() % 4 == 0) return special[random() % std::size(special)];
-    if (random() % 2) return bits<T>(Bits<T>(random()));
-    return T(std::ldexp(double(random() >> 11) * 0x1p-53 - 0.5, int(random() % 24)));
-  };
-  for (int trial = 0; trial < 20000; ++trial) {
-    T a[N], b[N], c[N], y[N];
-    for (int i = 0; i < N; ++i) a[i] = draw(), b[i] = draw(), c[i] = draw();
-    const auto va = Vec<T>::load(a), vb = Vec<T>::load(b), vc = Vec<T>::load(c);
-    const auto check = [&](const char* name, Vec<T> v, auto f) {
-      v.store(y);
-      for (int i = 0; i < N; ++i)
-        CHECK(same(y[i], T(f(i))), "%s(%a, %a, %a) = %a, not %a", name, double(a[i]), double(b[i]),
-              double(c[i]), double(y[i]), double(f(i)));
-    };
-    check("+", va + vb, [&](int i) { return a[i] + b[i]; });
-    check("-", va - vb, [&](int i) { return a[i] - b[i]; });
-    check("*", va * vb, [&](int i) { return a[i] * b[i]; });
-    check("/", va / vb, [&](int i) { return a[i] / b[i]; });
-    check("fma", fma(va, vb, vc), [&](int i) { return std::fma(a[i], b[i], c[i]); });
-    check("fma scalar", fma(va, T(3), vc), [&](int i) { return std::fma(a[i], T(3), c[i]); });
-    check("negation", -va, [&](int i) { return -a[i]; });
-    check("min", min(va, vb), [&](int i) { return a[i] < b[i] ? a[i] : b[i]; });
-    check("max", max(va, vb), [&](int i) { return a[i] > b[i] ? a[i] : b[i]; });
-    check("abs", abs(va), [&](int i) { return std::abs(a[i]); });
-    check("sqrt", sqrt(va), [&](int i) { return std::sqrt(a[i]); });
-    check("copysign", copysign(va, vb), [&](int i) { return std::copysign(a[i], b[i]); });
-    check("round", round(va), [&](int i) { return std::nearbyint(a[i]); });
-    check("<", select(va < vb, va, vc), [&](int i) { return a[i] < b[i] ? a[i] : c[i]; });
-    check("<=", select(va <= vb, va, vc), [&](int i) { return a[i] <= b[i] ? a[i] : c[i]; });
-    check(">", select(va > vb, va, vc), [&](int i) { return a[i] > b[i] ? a[i] : c[i]; });
-    check(">=", select(va >= vb, va, vc), [&](int i) { return a[i] >= b[i] ? a[i] : c[i]; });
-    check("==", select(va == vb, va, vc), [&](int i) { return a[i] == b[i] ? a[i] : c[i]; });
-    bool some = false;
-    for (int i = 0; i < N; ++i) some |= a[i] < b[i];
-    CHECK(any(va < vb) == some, "any");
-
-    T n[N], finite[N], positive[N];
-    for (int i = 0; i < N; ++i) {
-      n[i] = T(int(random() % (L::max_exponent * 5)) - L::max_exponent * 5 / 2);
-      finite[i] = std::isinf(a[i]) ? T(1) : a[i];
-      positive[i] = std::isnormal(a[i]) ? std::abs(a[i]) : T(3);
-      const int power = int(n[i]);
-      n[i] = random() % 64 ? n[i] : L::quiet_NaN();
-      b[i] = n[i] == n[i] ? std::ldexp(finite[i], power) : n[i];
-      c[i] = r::scale2(finite[i], n[i]);
-    }
-    const auto vp = Vec<T>::load(positive);
-    check("scale2", scale2(Vec<T>::load(finite), Vec<T>::load(n)), [&](int i) { return b[i]; });
-    check("scale2 plain", Vec<T>::load(c), [&](int i) { return b[i]; });
-    check("exponent", exponent(vp), [&](int i) { return std::ilogb(positive[i]); });
-    check("mantissa", mantissa(vp),
-          [&](int i) { return std::ldexp(positive[i], -std::ilogb(positive[i])); });
-
-    // The tree of the sum, with numbers whose sum depends on the order.
-    T tree[N];
-    for (int i = 0; i < N; ++i) tree[i] = finite[i] = T(draw() * 0 == 0 ? a[i] : T(i)) * T(1e-3);
-    for (int half = N / 2; half; half /= 2)
-      for (int i = 0; i < half; ++i) tree[i] += tree[i + half];
-    CHECK(same(sum(Vec<T>::load(finite)), tree[0]), "sum %a", double(tree[0]));
-
-    // Partial loads and stores, and what lies around them.
-    const int count = trial % (N + 3) - 1, used = std::clamp(count, 0, N);
-    std::vector<T> exact_size(a, a + used);  // a sanitizer sees a read past the end
-    T guarded[N];
-    std::fill(guarded, guarded + N, T(7));
-    Vec<T>::load(exact_size.data(), count).store(y);
-    va.store(guarded, count);
-    for (int i = 0; i < N; ++i) {
-      CHECK(same(y[i], i < used ? a[i] : T(0)), "partial load of %d", count);
-      CHECK(same(guarded[i], i < used ? a[i] : T(7)), "partial store of %d", count);
-    }
-    alignas(64) T streamed[N];
-    va.stream(streamed);
-    r::fence();
-    for (int i = 0; i < N; ++i) CHECK(same(streamed[i], a[i]), "stream");
-  }
-  Vec<T> rows[N];
-  T line[N];
-  for (int i = 0; i < N; ++i) {
-    for (int j = 0; j < N; ++j) line[j] = T(i * N + j);
-    rows[i] = Vec<T>::load(line);
-  }
-  r::transpose(rows);
-  for (int i = 0; i < N; ++i) {
-    rows[i].store(line);
-    for (int j = 0; j < N; ++j) CHECK(line[j] == T(j * N + i), "transpose %d %d", i, j);
-  }
-}
-
-// A float of the 16-bit format with that many fraction bits and that bias, by its definition.
-float widen(uint16_t u, int fraction, int bias) {
-  const int e = (u & 0x7fff) >> fraction, f = u & ((1 << fraction) - 1);
-  const int top = 0x7fff >> fraction;
-  const float sign = u & 0x8000 ? -1.0f : 1.0f;
-  if (e == top) return f ? std::numeric_limits<float>::quiet_NaN() : sign * kInf;
-  const double m = e ? f + (1 << fraction) : f;
-  return sign * float(std::ldexp(m, std::max(e, 1) - bias - fraction));
-}
-
-// To the nearest number of the format, ties to even, computed in double.
-uint16_t narrow(float x, int fraction, int bias) {
-  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
-  const uint16_t top = uint16_t(0x7fff >> fraction << fraction);
-  const double a = std::abs(double(x));
-  if (std::isinf(a)) return sign | top;
-  int e = 0;
-  if (a > 0) std::frexp(a, &e);
-  e = std::max(e - 1, 1 - bias);
-  const double units = std::nearbyint(std::ldexp(a, fraction - e));  // of 2^(e - fraction)
-  // A carry into the next exponent is what adding the bits does by itself.
-  const double out = units + double((e + bias - 1) << fraction);
-  return sign | uint16_t(std::min(out, double(top)));
-}
-
-void test_half_precision() {
-  uint16_t in[r::kLanes], out[r::kLanes];
-  float y[r::kLanes];
-  for (uint32_t first = 0; first < 65536; first += r::kLanes) {
-    for (uint32_t i = 0; i < r::kLanes; ++i) in[i] = uint16_t(first + i);
-    r::load_bf16(in).store(y);
-    for (int i = 0; i < r::kLanes; ++i) CHECK(same(y[i], widen(in[i], 7, 127)), "bf16 %x", in[i]);
-    r::load_f16(in).store(y);
-    for (int i = 0; i < r::kLanes; ++i) {
-      CHECK(same(y[i], widen(in[i], 10, 15)), "f16 %x", in[i]);
-      // The instructions keep a payload and make it quiet; so must the portable code.
-      if (y[i] != y[i])
-        CHECK(bits<uint32_t>(y[i]) ==
-                  (uint32_t(in[i] & 0x8000) << 16 | 0x7fc00000 | uint32_t(in[i] & 0x3ff) << 13),
-              "f16 nan %x", in[i]);
-    }
-  }
-  // The largest finite float16, where rounding turns to infinity, and both sides of subnormal.
-  const float edges[r::kLanes] = {65504,           65519.996f,   65520,      65520.004f,
-                                  65536,           kInf,         0x1p-14f,   0x1.ffcp-15f,
-                                  0x1.ffep-15f,    0x1.fffp-15f, 0x1p-24f,   0x1p-25f,
-                                  0x1.000002p-25f, 0x1.8p-24f,   0x1.4p-23f, 0x1p-149f};
-  r::store_f16(out, Vec<float>::load(edges));
-  for (int i = 0; i < r::kLanes; ++i)
-    CHECK(out[i] == narrow(edges[i], 10, 15), "f16 of %a: %x", double(edges[i]), out[i]);
-  const uint64_t stride = (full ? 255 : 4093) * r::kLanes;
-  for (uint64_t u = 0; u < 1ull << 32; u += stride) {
-    for (uint32_t i = 0; i < r::kLanes; ++i) {
-      // Some on and beside the ties, which evenly spaced patterns rarely meet.
-      const uint32_t even = uint32_t(u + i * (stride / r::kLanes));
-      const uint32_t tie = (even & ~0x1fffu) + 0x1000u * (i / 4) + even % 3 - 1;
-      y[i] = bits<float>(i % 4 ? even : tie);
-    }
-    r::store_bf16(out, Vec<float>::load(y));
-    for (int i = 0; i < r::kLanes; ++i)
-      CHECK(y[i] != y[i] ? (out[i] & 0x7fc0) == 0x7fc0 : out[i] == narrow(y[i], 7, 127),
-            "bf16 of %a: %x", double(y[i]), out[i]);
-    r::store_f16(out, Vec<float>::load(y));
-    for (int i = 0; i < r::kLanes; ++i)
-      CHECK(y[i] != y[i] ? (out[i] & 0x7e00) == 0x7e00 : out[i] == narrow(y[i], 10, 15),
-            "f16 of %a: %x", double(y[i]), out[i]);
-  }
-}
-
-void test_vec() {
-  test_vec_of<float>();
-  test_vec_of<double>();
-  test_half_precision();
-}
-
 // The results of everything on a fixed sample, every NaN the same.
 template <class T>
 void dump(std::FILE* file) {
@@ -612,7 +409,6 @@ int main(int argc, char** argv) {
     dump<double>(file);
     return std::fclose(file) ? 1 : 0;
   }
-  test_vec();
   test_exact_points<float>();
   test_exact_points<double>();
   const std::vector<float> floats = float_samples();
