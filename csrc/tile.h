@@ -2,6 +2,7 @@
 // in the compute type. This is where 16-bit storage is converted and where layouts in which time,
 // not the channel, is contiguous are transposed; kernels see only rows.
 #pragma once
+#include "math/macros.h"
 #include "parallel.h"
 #include "simd/vec.h"
 #include "view.h"

@@ -71,13 +71,17 @@ def test_a_transposed_layout_is_named():
 def test_running_out_of_memory_in_a_thread_is_an_exception():
     """An allocation that fails inside the parallel region reaches the caller."""
     program = """
-        import contextlib, resource, torch, recurra
-        x, weight = torch.zeros(1, 3, 2048), torch.zeros(2048, 1).expand(2048, 1 << 20)
-        resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+        import resource, torch, recurra
         torch.set_num_threads(2)
-        h0 = torch.zeros(1, 1, 1).expand(1, (1 << 20) - 1, 2048)
-        with contextlib.suppress(RuntimeError, MemoryError):
-            recurra.causal_conv1d(x, weight, h0=h0)
+        recurra.linear_scan(torch.ones(2, 4, 64), torch.ones(2, 4, 64))  # starts the threads
+        # Two tasks; results of 128 MiB, but 330 MiB of scratch for each task.
+        x, weight = torch.zeros(2, 3, 16), torch.zeros(16, 1).expand(16, 1 << 20)
+        limit = (int(open("/proc/self/statm").read().split()[0]) << 12) + (300 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        try:
+            recurra.causal_conv1d(x, weight)
+        except (RuntimeError, MemoryError) as error:
+            print(type(error).__name__)
         print(recurra.linear_scan(torch.ones(1, 4, 2), torch.ones(1, 4, 2))[1].sum().item())
     """
     done = subprocess.run(
@@ -88,7 +92,7 @@ def test_running_out_of_memory_in_a_thread_is_an_exception():
         cwd=ROOT / "tests",
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "8.0"
+    assert done.stdout.split() in (["RuntimeError", "8.0"], ["MemoryError", "8.0"]), done.stdout
 
 
 def test_the_readme_runs_as_it_stands():
