@@ -2,8 +2,8 @@
 
 Inputs lie flush against pages that no one may touch, so that a read past either end kills the
 process at once; it is a child process. The states that a step op writes in place lie there too.
-The other outputs are allocated by torch and cannot be placed: writes past them are found by the
-AddressSanitizer run of tests/cpp, which drives the same kernels.
+The other outputs are allocated by torch and cannot be placed: writes past them are found by
+AddressSanitizer, which the nightly tier runs this suite under.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _bench(args: argparse.Namespace) -> int:
+def _bench(args: argparse.Namespace, own_process: bool) -> int:
     from recurra.bench import cases, report, timing
 
     if args.shape:
@@ -99,7 +99,7 @@ def _bench(args: argparse.Namespace) -> int:
             print(case.name + ("  (not available in this build)" if case.missing else ""))
         return 0
 
-    if not args.fresh_memory:
+    if own_process and not args.fresh_memory:
         timing.restart_for_warm_memory()
     about = report.header(warm=not args.fresh_memory)
     rates = report.print_rates() if args.rates else None
@@ -113,14 +113,18 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit status."""
+    """Runs the command line and returns its exit status.
+
+    Args:
+        argv: the arguments; None for those of this process, which `bench` may then start anew.
+    """
     args = _parser().parse_args(argv)
     try:
         if args.command == "info":
             from recurra import info
 
             return info.main()
-        return _bench(args)
+        return _bench(args, own_process=argv is None)
     except BrokenPipeError:
         return 0
     except AssertionError as error:
