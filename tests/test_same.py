@@ -40,7 +40,9 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 def _layout_samples(op, dtype):
     draw = Draw(11)
-    for i, (B, T, D) in enumerate(((2, 5, 3), (3, 33, 17), (2, 70, 100), (1, 40, 16))):
+    # The last one is longer than any span into which a kernel cuts time.
+    shapes = ((2, 5, 3), (3, 33, 17), (2, 70, 100), (1, 40, 16), (2, 1030, 17))
+    for i, (B, T, D) in enumerate(shapes):
         yield op.make(draw, B, T, D, dtype, i == 3)
 
 
@@ -97,6 +99,32 @@ def test_thread_counts_and_repetition_give_the_same_bits(op, dtype):
         for count in (1, 2, 3, 8):
             with threads(count):
                 assert_same(everything(op, args), want, f"{count} threads, {describe(args)}")
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "offset"])
+def test_large_calls_equal_their_rows(op, dtype, layout):
+    """Results too large for the caches are written past them; those of single rows are not."""
+    B, T, D = 9, 528, 1040 if dtype == torch.bfloat16 else 520
+    args = op.make(Draw(5), B, T, D, dtype, False)
+    large = replaced(args, lambda k, v: laid_out(v, layout))
+    cots = [laid_out(c, layout) for c in cotangents(op.function(**args))]
+    outputs, grads, _ = evaluate(op, large, cots)
+    for b in (0, B - 1):
+
+        def row(k, x, b=b):
+            cut = op.layout(k, x)[:1] in ("B", "S") and x.shape[0] == B
+            return x[b : b + 1] if cut else x
+
+        y, g, _ = evaluate(op, replaced(args, row), [c[b : b + 1] for c in cots])
+        for i, x in enumerate(y):
+            assert same_bits(outputs[i][b : b + 1], x), f"output {i}, {describe(args)}"
+        for k, x in g.items():
+            # A sum over batch or channels has an order that depends on the shape.
+            letters = op.layout(k, args[k])
+            if letters[:1] in ("B", "S") and "D" in letters and args[k].shape[0] == B:
+                assert same_bits(grads[k][b : b + 1], x), f"gradient of {k}, {describe(args)}"
 
 
 @every_op

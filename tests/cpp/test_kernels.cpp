@@ -8,13 +8,17 @@
 //   test_kernels --op NAME --seed N --cases 1   repeats one case that failed
 //
 // To add an op, write its function below and name it in kOps.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <memory>
 #include <thread>
 
 #include "case.h"
+#include "causal_conv1d/causal_conv1d.h"
 #include "linear_scan/linear_scan.h"
 #include "parallel.h"
+#include "selective_scan/selective_scan.h"
 
 namespace recurra::test {
 namespace {
@@ -209,6 +213,157 @@ void linear_scan_step_case(Case& c, const Shape& s) {
   };
 }
 
+DType parameter(Random& random, DType activations) {
+  return random.chance(50) ? activations : activations == DType::f64 ? DType::f64 : DType::f32;
+}
+
+// The other two ops have oracles in Python; here their instruction sets are compared.
+
+template <class Args>
+std::shared_ptr<std::vector<ConvSpan>> cut_spans(Args& args) {
+  auto spans = std::make_shared<std::vector<ConvSpan>>(conv_spans(args.sequences));
+  args.spans = spans->data();
+  args.span_count = static_cast<int64_t>(spans->size());
+  return spans;
+}
+
+void causal_conv1d_case(Case& c, const Shape& s) {
+  CausalConv1d args;
+  const DType dtype = activation(c.random), state = state_of(dtype);
+  const int64_t W = c.random.pick<int64_t>({2, 3, 4, 4, 5, 8}), D = s.channels;
+  args.silu = c.random.chance(60);
+  args.sequences = c.sequences(s.batch, s.time);
+  args.x = c.input<3>("x", dtype, {s.batch, s.time, D});
+  args.weight = c.input<2>("weight", parameter(c.random, dtype), {D, W});
+  if (c.random.chance(60)) args.bias = c.input<1>("bias", parameter(c.random, dtype), {D});
+  if (c.random.chance(60)) args.h0 = c.input<3>("h0", state, {args.sequences.count, W - 1, D});
+  args.y = c.output<3>("y", dtype, {s.batch, s.time, D});
+  args.h_last = c.output<3>("h_last", state, {args.sequences.count, W - 1, D});
+  c.run = [args, spans = cut_spans(args)] { causal_conv1d(args); };
+}
+
+void causal_conv1d_backward_case(Case& c, const Shape& s) {
+  CausalConv1dBackward args;
+  const DType dtype = activation(c.random), state = state_of(dtype);
+  const int64_t W = c.random.pick<int64_t>({2, 3, 4, 4, 5, 8}), D = s.channels;
+  args.silu = c.random.chance(60);
+  args.sequences = c.sequences(s.batch, s.time);
+  const int64_t size[] = {s.batch, s.time, D}, states[] = {args.sequences.count, W - 1, D};
+  args.x = c.input<3>("x", dtype, size);
+  args.weight = c.input<2>("weight", parameter(c.random, dtype), {D, W});
+  if (c.random.chance(60)) args.bias = c.input<1>("bias", parameter(c.random, dtype), {D});
+  if (c.random.chance(60)) args.h0 = c.input<3>("h0", state, states);
+  if (c.random.chance(80)) args.dy = c.input<3>("dy", dtype, size);
+  if (c.random.chance(60)) args.dh_last = c.input<3>("dh_last", state, states);
+  args.dx = c.output<3>("dx", dtype, size);
+  args.dh0 = c.output<3>("dh0", state, states);
+  args.dweight = c.output<2>("dweight", args.weight.dtype, {D, W});
+  args.dbias = c.output<1>("dbias", args.weight.dtype, {D});
+  const auto spans = cut_spans(args);
+  args.partial = c.output<3>("partial", state, {args.span_count, W + 1, D}, true);
+  c.run = [args, spans] { causal_conv1d_backward(args); };
+}
+
+void causal_conv1d_step_case(Case& c, const Shape& s) {
+  CausalConv1dStep args;
+  const DType dtype = activation(c.random);
+  const int64_t W = c.random.pick<int64_t>({2, 3, 4, 4, 5, 8}), D = s.channels;
+  const int64_t rows = s.time, states = rows + c.random.below(3);
+  args.silu = c.random.chance(60);
+  if (states > rows || c.random.chance(50))
+    args.slots = c.integers("slots", slots(c.random, rows, states));
+  args.h = c.output<3>("h", state_of(dtype), {states, W - 1, D});
+  args.x = c.input<2>("x", dtype, {rows, D});
+  args.weight = c.input<2>("weight", parameter(c.random, dtype), {D, W});
+  if (c.random.chance(60)) args.bias = c.input<1>("bias", parameter(c.random, dtype), {D});
+  args.out = c.output<2>("out", dtype, {rows, D});
+  c.run = [args] { causal_conv1d_step(args); };
+}
+
+// The inputs of either direction; returns the number of groups.
+int64_t selective_inputs(Case& c, SelectiveScanInputs& in, DType dtype, int64_t batch, int64_t time,
+                         int64_t D, int64_t N) {
+  const int64_t groups = D > 0 && D % 2 == 0 && c.random.chance(30) ? 2 : 1;
+  in.delta_softplus = c.random.chance(50);
+  in.spans = Spans(D, groups, c.random.pick<int64_t>({1, 2, 8}));
+  in.u = c.input<3>("u", dtype, {batch, time, D});
+  in.delta = c.input<3>("delta", dtype, {batch, time, D}, {0, 0.5});
+  if (c.random.chance(50)) in.z = c.input<3>("z", dtype, {batch, time, D});
+  in.A = c.input<2>("A", parameter(c.random, dtype), {D, N}, {-2, 0});
+  in.B = c.input<4>("B", dtype, {batch, time, groups, N});
+  in.C = c.input<4>("C", dtype, {batch, time, groups, N});
+  if (c.random.chance(50)) in.D = c.input<1>("D", parameter(c.random, dtype), {D});
+  if (c.random.chance(50))
+    in.delta_bias = c.input<1>("delta_bias", parameter(c.random, dtype), {D}, {0, 0.2});
+  return groups;
+}
+
+void selective_scan_case(Case& c, const Shape& s) {
+  SelectiveScan args;
+  const DType dtype = activation(c.random), state = state_of(dtype);
+  const int64_t N = c.random.pick<int64_t>({1, 3, 8, 16, 17}), D = s.channels;
+  args.sequences = c.sequences(s.batch, s.time);
+  selective_inputs(c, args, dtype, s.batch, s.time, D, N);
+  const int64_t count = args.sequences.count, padded = args.spans.padded();
+  if (c.random.chance(60)) args.h0 = c.input<3>("h0", state, {count, D, N});
+  args.y = c.output<3>("y", dtype, {s.batch, s.time, D});
+  args.h_last = c.output<3>("h_last", state, {count, D, N});
+  args.lanes_A = c.output<2>("lanes_A", state, {N, padded}, true).data;
+  if (N > kFewStates) args.state = c.output<3>("state", state, {count, N, padded}, true).data;
+  if (c.random.chance(50))
+    args.saved = c.output<3>("saved", state, {args.chunk_rows(), N, padded}, true).data;
+  c.run = [args] { selective_scan(args); };
+}
+
+void selective_scan_step_case(Case& c, const Shape& s) {
+  SelectiveScan args;
+  const DType dtype = activation(c.random), state = state_of(dtype);
+  const int64_t N = c.random.pick<int64_t>({1, 3, 8, 16, 17}), D = s.channels;
+  const int64_t rows = s.time, states = rows + c.random.below(3);
+  if (states > rows || c.random.chance(50))
+    args.slots = c.integers("slots", slots(c.random, rows, states));
+  args.sequences = {rows, 1, nullptr};
+  selective_inputs(c, args, dtype, rows, 1, D, N);
+  args.h0 = args.h_last = c.output<3>("h", state, {states, D, N});
+  args.y = c.output<3>("y", dtype, {rows, 1, D});
+  const int64_t padded = args.spans.padded();
+  args.lanes_A = c.output<2>("lanes_A", state, {N, padded}, true).data;
+  if (N > kFewStates) args.state = c.output<3>("state", state, {rows, N, padded}, true).data;
+  c.run = [args] { selective_scan_step(args); };
+}
+
+void selective_scan_backward_case(Case& c, const Shape& s) {
+  SelectiveScanBackward args;
+  const DType dtype = activation(c.random), state = state_of(dtype);
+  const int64_t N = c.random.pick<int64_t>({1, 3, 8, 16, 17}), D = s.channels;
+  args.sequences = c.sequences(s.batch, s.time);
+  const int64_t groups = selective_inputs(c, args, dtype, s.batch, s.time, D, N);
+  const int64_t count = args.sequences.count, padded = args.spans.padded();
+  const int64_t size[] = {s.batch, s.time, D}, shared[] = {s.batch, s.time, groups, N};
+  if (c.random.chance(80)) args.dy = c.input<3>("dy", dtype, size);
+  if (c.random.chance(60)) args.dh_last = c.input<3>("dh_last", state, {count, D, N});
+  args.du = c.output<3>("du", dtype, size);
+  args.ddelta = c.output<3>("ddelta", dtype, size);
+  if (args.z) args.dz = c.output<3>("dz", dtype, size);
+  args.dh0 = c.output<3>("dh0", state, {count, D, N});
+  args.dA = c.output<2>("dA", args.A.dtype, {D, N});
+  args.dB = c.output<4>("dB", dtype, shared);
+  args.dC = c.output<4>("dC", dtype, shared);
+  if (args.D) args.dD = c.output<1>("dD", args.D.dtype, {D});
+  if (args.delta_bias) args.ddelta_bias = c.output<1>("ddelta_bias", args.delta_bias.dtype, {D});
+  args.parts = std::clamp<int64_t>(count, 1, 8);
+  const auto scratch = [&](const char* name, int64_t a, int64_t b, int64_t width) {
+    return c.output<3>(name, state, {a, b, width}, true).data;
+  };
+  args.saved = scratch("saved", args.chunk_rows(), N, padded);
+  args.lanes_A = scratch("lanes_A", 1, N, padded);
+  args.carry = scratch("carry", args.parts, N, padded);
+  args.sum_A = scratch("sum_A", args.parts, N, padded);
+  args.sum_D = scratch("sum_D", args.parts, 2, padded);
+  args.sum_BC = scratch("sum_BC", 2 * args.spans.count(), s.batch * s.time, N);
+  c.run = [args] { selective_scan_backward(args); };
+}
+
 struct Op {
   const char* name;
   void (*make)(Case&, const Shape&);
@@ -218,6 +373,12 @@ constexpr Op kOps[] = {
     {"linear_scan", linear_scan_case, {1, 700, 3072}},
     {"linear_scan_backward", linear_scan_backward_case, {1, 700, 3072}},
     {"linear_scan_step", linear_scan_step_case, {1, 300, 512}},
+    {"causal_conv1d", causal_conv1d_case, {2, 1030, 1040}},
+    {"causal_conv1d_backward", causal_conv1d_backward_case, {2, 1030, 1040}},
+    {"causal_conv1d_step", causal_conv1d_step_case, {1, 300, 512}},
+    {"selective_scan", selective_scan_case, {1, 1050, 2080}},
+    {"selective_scan_backward", selective_scan_backward_case, {1, 1050, 2080}},
+    {"selective_scan_step", selective_scan_step_case, {1, 300, 512}},
     {"hostile_cu_seqlens", hostile_cu_seqlens_case, {1, 300, 512}},
 };
 
