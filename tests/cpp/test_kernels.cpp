@@ -227,32 +227,35 @@ std::shared_ptr<std::vector<ConvSpan>> cut_spans(Args& args) {
   return spans;
 }
 
-void causal_conv1d_case(Case& c, const Shape& s) {
-  CausalConv1d args;
-  const DType dtype = activation(c.random), state = state_of(dtype);
+// The inputs of either direction; returns W.
+template <class Args>
+int64_t conv_inputs(Case& c, Args& args, DType dtype, const Shape& s) {
   const int64_t W = c.random.pick<int64_t>({2, 3, 4, 4, 5, 8}), D = s.channels;
   args.silu = c.random.chance(60);
   args.sequences = c.sequences(s.batch, s.time);
   args.x = c.input<3>("x", dtype, {s.batch, s.time, D});
   args.weight = c.input<2>("weight", parameter(c.random, dtype), {D, W});
   if (c.random.chance(60)) args.bias = c.input<1>("bias", parameter(c.random, dtype), {D});
-  if (c.random.chance(60)) args.h0 = c.input<3>("h0", state, {args.sequences.count, W - 1, D});
-  args.y = c.output<3>("y", dtype, {s.batch, s.time, D});
-  args.h_last = c.output<3>("h_last", state, {args.sequences.count, W - 1, D});
-  c.run = [args, spans = cut_spans(args)] { causal_conv1d(args); };
+  if (c.random.chance(60))
+    args.h0 = c.input<3>("h0", state_of(dtype), {args.sequences.count, W - 1, D});
+  return W;
+}
+
+void causal_conv1d_case(Case& c, const Shape& s) {
+  CausalConv1d args;
+  const DType dtype = activation(c.random);
+  const int64_t W = conv_inputs(c, args, dtype, s);
+  args.y = c.output<3>("y", dtype, {s.batch, s.time, s.channels});
+  args.h_last = c.output<3>("h_last", state_of(dtype), {args.sequences.count, W - 1, s.channels});
+  const auto spans = cut_spans(args);  // before the capture, which copies args
+  c.run = [args, spans] { causal_conv1d(args); };
 }
 
 void causal_conv1d_backward_case(Case& c, const Shape& s) {
   CausalConv1dBackward args;
   const DType dtype = activation(c.random), state = state_of(dtype);
-  const int64_t W = c.random.pick<int64_t>({2, 3, 4, 4, 5, 8}), D = s.channels;
-  args.silu = c.random.chance(60);
-  args.sequences = c.sequences(s.batch, s.time);
+  const int64_t W = conv_inputs(c, args, dtype, s), D = s.channels;
   const int64_t size[] = {s.batch, s.time, D}, states[] = {args.sequences.count, W - 1, D};
-  args.x = c.input<3>("x", dtype, size);
-  args.weight = c.input<2>("weight", parameter(c.random, dtype), {D, W});
-  if (c.random.chance(60)) args.bias = c.input<1>("bias", parameter(c.random, dtype), {D});
-  if (c.random.chance(60)) args.h0 = c.input<3>("h0", state, states);
   if (c.random.chance(80)) args.dy = c.input<3>("dy", dtype, size);
   if (c.random.chance(60)) args.dh_last = c.input<3>("dh_last", state, states);
   args.dx = c.output<3>("dx", dtype, size);
