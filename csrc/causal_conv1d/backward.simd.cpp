@@ -5,6 +5,8 @@ namespace {
 
 using namespace conv;
 
+constexpr int kPhases = 4;  // steps that are summed together
+
 // sums[j] += sum_i ds_i x_{i,j} for each lane, and sums[W] += sum_i ds_i; only the first `tail`
 // lanes of the last vector count.
 template <class T, int W>
@@ -193,7 +195,6 @@ void backward(const CausalConv1dBackward& args) {
                                   [=](const auto& v, T* at, const T* gradient) RECURRA_LAMBDA {
                                     auto s = silu_slope(v).slope, d = s;
                                     conv::load(d, gradient, from);
-                                    // Of the next rows, as in the forward.
                                     conv::store(d * s, at, to, false);
                                   });
             } else {

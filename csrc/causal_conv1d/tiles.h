@@ -18,7 +18,6 @@ namespace recurra::RECURRA_ISA::conv {
 
 constexpr int64_t kStreamFrom = 4 << 20;  // bytes of output that no cache is asked to hold
 
-constexpr int kPhases = 4;    // steps that are summed together
 constexpr int kBatch = 4;     // vectors whose SiLU is computed together
 constexpr int64_t kRows = 8;  // steps by which lines along channels advance together
 

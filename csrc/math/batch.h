@@ -11,9 +11,9 @@ struct Batch {
   V v[M];
 
   Batch() = default;
-  RECURRA_FN Batch(V x) {
+  RECURRA_FN Batch(V x) {  // NOLINT: a number stands for M of it
     for_each_index<M>([&](auto i) RECURRA_LAMBDA { v[i] = x; });
-  }  // NOLINT: a number stands for M of it
+  }
 };
 
 template <class V, int M>
