@@ -51,6 +51,8 @@ constexpr Op kOps[] = {
      "Tensor? slots=None) -> Tensor",
      "u:act(B,D) delta:act(B,D) A:param*(D,N) B:act*(B,N)/(B,G,N) C:act*(B,N)/(B,G,N) D:param?(D) "
      "z:act?(B,D) delta_bias:param?(D) h:state*(M,D,N) slots:index?(B)"},
+    {"_linear_step(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+     "x:act(B,K) weight:param(N,K) bias:param?(N)"},
 };
 
 std::string name_of(const Op& op) {

@@ -17,6 +17,7 @@
 #include "case.h"
 #include "causal_conv1d/causal_conv1d.h"
 #include "linear_scan/linear_scan.h"
+#include "linear_step/linear_step.h"
 #include "parallel.h"
 #include "selective_scan/selective_scan.h"
 
@@ -367,6 +368,38 @@ void selective_scan_backward_case(Case& c, const Shape& s) {
   c.run = [args] { selective_scan_backward(args); };
 }
 
+void linear_step_case(Case& c, const Shape& s) {
+  LinearStep args;
+  const DType dtype = activation(c.random);
+  const int64_t B = s.batch + (c.random.chance(40) ? c.random.below(9) : 0), N = s.time;
+  const int64_t K = s.channels, padded = (K + 15) / 16 * 16;
+  args.x = c.input<2>("x", dtype, {B, K});
+  args.weight = c.input<2>("weight", parameter(c.random, dtype), {N, K});
+  if (c.random.chance(60)) args.bias = c.input<1>("bias", parameter(c.random, dtype), {N});
+  args.y = c.output<2>("y", dtype, {B, N});
+  if (args.copies_x()) args.copy = c.output<2>("copy", state_of(dtype), {B, padded}, true);
+  c.run = [args] { linear_step(args); };
+  c.oracle = [args, padded] {
+    in_compute_type(args.x.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      const auto number = [&](const View<2>& v, int64_t n, int64_t k) {
+        return k < v.size[1] ? static_cast<T>(get(v, n, k)) : T(0);
+      };
+      for (int64_t b = 0; b < args.x.size[0]; ++b) {
+        for (int64_t n = 0; n < args.weight.size[0]; ++n) {
+          T sums[16] = {};
+          for (int64_t k = 0; k < padded; ++k)
+            sums[k % 16] = std::fma(number(args.weight, n, k), number(args.x, b, k), sums[k % 16]);
+          for (int half = 8; half > 0; half /= 2)
+            for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+          set(args.y, args.bias ? sums[0] + static_cast<T>(get(args.bias, n)) : sums[0], b, n);
+        }
+        for (int64_t k = 0; k < padded; ++k) set(args.copy, number(args.x, b, k), b, k);
+      }
+    });
+  };
+}
+
 struct Op {
   const char* name;
   void (*make)(Case&, const Shape&);
@@ -382,6 +415,7 @@ constexpr Op kOps[] = {
     {"selective_scan", selective_scan_case, {1, 1050, 2080}},
     {"selective_scan_backward", selective_scan_backward_case, {1, 1050, 2080}},
     {"selective_scan_step", selective_scan_step_case, {1, 300, 512}},
+    {"linear_step", linear_step_case, {1, 700, 1040}},
     {"hostile_cu_seqlens", hostile_cu_seqlens_case, {1, 300, 512}},
 };
 

@@ -170,22 +170,36 @@ def _lower(argument, target: torch.dtype):
     return argument
 
 
-def no_grad_step(name: str, whole: str) -> None:
-    """Makes a step op refuse inputs that require a gradient, naming the op that has one."""
+def no_grad(name: str, instead: str, state: str | None = None) -> None:
+    """Makes an op refuse inputs that require a gradient.
+
+    Args:
+        name: the op.
+        instead: what has a gradient, as the message names it.
+        state: the op's first argument where that is written in place.
+    """
     op = getattr(torch.ops.recurra, name).default
+    public = name.removeprefix("_")
 
     def kernel(keyset, *args, **kwargs):
-        if _differentiated(name, (*args, *kwargs.values())):
+        if _differentiated(public, (*args, *kwargs.values())):
             raise RuntimeError(
-                f"recurra: {name} has no gradient; use {whole} over the whole sequence, or call "
-                "it under torch.no_grad()"
+                f"recurra: {public} has no gradient; use {instead}, or call it under "
+                "torch.no_grad()"
             )
         with torch._C._AutoDispatchBelowAutograd():
             out = op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
-        # So that a graph which saved the state before this step refuses to use it.
-        state = args[0] if args else kwargs["h"]
-        if not state.is_inference():
-            torch.autograd.graph.increment_version(state)
+        if state is not None:
+            # So that a graph which saved the state before this step refuses to use it.
+            written = args[0] if args else kwargs[state]
+            if not written.is_inference():
+                torch.autograd.graph.increment_version(written)
         return out
 
     LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def no_grad_step(name: str, whole: str) -> None:
+    """Makes a step op, whose state is ``h``, refuse inputs that require a gradient, naming the op
+    that has one."""
+    no_grad(name, f"{whole} over the whole sequence", state="h")

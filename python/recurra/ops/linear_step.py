@@ -1,0 +1,47 @@
+"""``linear_step``: a linear layer over the few rows of a decoding step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from recurra._check import check
+from recurra.ops import _register
+
+_op = torch.ops.recurra._linear_step.default
+
+
+def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""A linear layer, :math:`y = x W^\top + b`, as fast as the weights can be read from memory.
+
+    For the CPU and a few rows; elsewhere it is :func:`torch.nn.functional.linear`. On the CPU a
+    row of ``y`` depends to the bit on its row of ``x`` alone, not on the other rows, the number of
+    threads, the instruction set or the memory layout.
+
+    Args:
+        x: input, (B, K); float32, float64, bfloat16 or float16, any strides. Arithmetic is in
+            float32, or in float64 where ``x`` is.
+        weight: (N, K), the dtype of ``x`` or float32; any strides, fastest where rows are
+            contiguous.
+        bias: (N,), the dtype of ``x`` or float32; zeros when None.
+
+    Returns:
+        y, (B, N), in the dtype of ``x``.
+
+    Raises:
+        RuntimeError: wrong shape, dtype or device, or gradients are enabled and an input requires
+            one.
+    """
+    if x.device.type != "cpu":
+        return functional.linear(x, weight, bias)
+    return _op(x, weight, bias)
+
+
+@_register.fake("_linear_step")
+def _(x, weight, bias=None):
+    sizes = check("_linear_step", x=x, weight=weight, bias=bias)
+    return x.new_empty(sizes["B"], sizes["N"])
+
+
+_register.no_grad("_linear_step", "torch.nn.functional.linear")
