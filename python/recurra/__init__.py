@@ -13,4 +13,8 @@ from recurra._library import library_paths  # noqa: E402
 from recurra.ops import *  # noqa: E402, F403
 from recurra.ops import __all__ as _ops  # noqa: E402
 
-__all__ = ["__version__", "library_paths", "reference", *_ops]
+# After the ops, which they are made of.
+from recurra import nn  # noqa: E402  isort: skip
+from recurra.lm import LM  # noqa: E402  isort: skip
+
+__all__ = ["LM", "__version__", "library_paths", "nn", "reference", *_ops]
