@@ -1,9 +1,8 @@
-"""The command line: ``recurra info`` and ``recurra bench``."""
+"""``recurra bench``."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 import textwrap
 
 _BENCH = """\
@@ -39,16 +38,7 @@ def _repeat(text: str) -> int:
     return int(text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="recurra", description="Compiled kernels for recurrent sequence models."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser(
-        "info",
-        help="version, instruction set, threads, CUDA, which library loaded or why not",
-        description="Prints what is installed, loaded and in use, or why not.",
-    )
+def add_to(commands: argparse._SubParsersAction) -> None:
     bench = commands.add_parser(
         "bench",
         help="verify, then time the ops beside this machine's floor and their peers",
@@ -79,10 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--json", metavar="FILE", help="also write the results there")
     bench.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
-    return parser
+    bench.set_defaults(run=run)
 
 
-def _bench(args: argparse.Namespace, own_process: bool) -> int:
+def run(args: argparse.Namespace) -> int:
     from recurra.bench import cases, report, timing
 
     if args.shape:
@@ -99,7 +89,7 @@ def _bench(args: argparse.Namespace, own_process: bool) -> int:
             print(case.name + ("  (not available in this build)" if case.missing else ""))
         return 0
 
-    if own_process and not args.fresh_memory:
+    if args.own_process and not args.fresh_memory:
         timing.restart_for_warm_memory()
     about = report.header(warm=not args.fresh_memory)
     rates = report.print_rates() if args.rates else None
@@ -110,29 +100,3 @@ def _bench(args: argparse.Namespace, own_process: bool) -> int:
     if args.json:
         report.write_json(args.json, about, rates, results)
     return 1 if args.check and missed else 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit status.
-
-    Args:
-        argv: the arguments; None for those of this process, which `bench` may then start anew.
-    """
-    args = _parser().parse_args(argv)
-    try:
-        if args.command == "info":
-            from recurra import info
-
-            return info.main()
-        return _bench(args, own_process=argv is None)
-    except BrokenPipeError:
-        return 0
-    except AssertionError as error:
-        print(f"recurra {args.command}: wrong result: {error}", file=sys.stderr)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"recurra {args.command}: {error}", file=sys.stderr)
-    return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,321 @@
+"""``recurra train``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+_EPILOG = """\
+    RUN is a folder. In it appear log.jsonl (a line for every step), loss.png, checkpoints/, each
+    of them a folder that `recurra generate`, `recurra eval` and transformers load, and
+    tensorboard/ where TensorBoard is installed.
+
+    Ctrl-C saves and leaves; --resume goes on, with the bits of a run that was never interrupted.
+    A power cut costs the steps since the last checkpoint and nothing else.
+
+    examples
+      recurra train runs/first                       bytes of the Python library, two cores, minutes
+      recurra train runs/first --resume
+      recurra train runs/mine --data book.txt notes/ 'corpus/**/*.md' --steps 5000
+      recurra train runs/bpe --data corpus/ --tokenizer tokenizer.json --config small
+      recurra train runs/long --carry --length 256   state carried from step to step
+      recurra train runs/tuned --init mamba-130m-hf --tokenizer mamba-130m-hf/tokenizer.json \\
+          --data notes/ --lr 1e-4
+      torchrun --nproc-per-node 2 -m recurra train runs/both --batch 8
+"""
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    from recurra.train.options import PRECISIONS, TrainOptions
+    from recurra.train.parallel import KINDS
+
+    parser = commands.add_parser(
+        "train",
+        help="train a language model on text, resume it",
+        description="Trains a language model on text.",
+        epilog=textwrap.dedent(_EPILOG),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("folder", metavar="RUN", help="the folder of the run")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in RUN; options "
+        "that are not given again stay as they were",
+    )
+    add(
+        "--config",
+        metavar="NAME",
+        help="tiny (default), small, mamba-130m, mamba-370m, "
+        "mamba-790m, mamba-1.4b, mamba-2.8b, or a config.json",
+    )
+    add("--init", metavar="FOLDER", help="begin with the weights of this checkpoint")
+    add(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        default=[],
+        help="text files, folders or patterns; default: the Python standard library",
+    )
+    add(
+        "--valid-data",
+        nargs="+",
+        metavar="PATH",
+        default=[],
+        help="text to validate on; default: the last 5 %% of the data, at most 4 MiB",
+    )
+    add("--tokenizer", metavar="FILE", help="a tokenizer.json; default: tokens are bytes")
+    add(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="choose --steps so that the run takes about so long on this machine",
+    )
+    group = parser.add_argument_group("how it is trained")
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainOptions)}
+    words = {
+        "steps": "optimizer steps",
+        "batch": "sequences of a step, over all processes",
+        "length": "tokens of a sequence",
+        "accumulate": "micro-batches that a step is cut into",
+        "lr": "largest learning rate",
+        "min_lr": "last learning rate, as a fraction of the largest",
+        "warmup": "steps to the largest learning rate, at most a tenth of all by default",
+        "weight_decay": "of the matrices, by AdamW",
+        "beta1": "of AdamW",
+        "beta2": "of AdamW",
+        "clip": "largest norm of the gradient, 0 for none",
+        "precision": "float32; bf16 (bfloat16 arithmetic, float32 parameters); float64",
+        "seed": "of the parameters and the places in the data",
+        "eval_every": "steps between validations",
+        "eval_batches": "batches of a validation",
+        "save_every": "steps between checkpoints",
+        "keep": "checkpoints that stay",
+    }  # fmt: skip
+    for name, text in words.items():
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(
+            flag,
+            type=type(defaults[name]),
+            default=argparse.SUPPRESS,
+            metavar=None if name == "precision" else "N",
+            choices=PRECISIONS if name == "precision" else None,
+            help=f"{text}; default: {defaults[name]}",
+        )
+    group.add_argument(
+        "--carry",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="sequences go on where they stopped, with their state; default: random places",
+    )
+    machine = parser.add_argument_group("where")
+    machine.add_argument("--threads", type=int, metavar="N", help="threads of this process")
+    machine.add_argument("--device", help="cpu or cuda; default: cpu")
+    machine.add_argument(
+        "--parallel", choices=KINDS, default="ddp", help="under torchrun; default: %(default)s"
+    )
+    machine.add_argument(
+        "--reference",
+        action="store_true",
+        help="compute with recurra.reference, in plain torch: far slower, to compare",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from recurra.train import checkpoint
+    from recurra.train.parallel import World
+
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    folder = Path(args.folder)
+    world = World(args.parallel, args.device)
+    try:
+        if not world.leads:
+            return _run(args, folder, world)
+        with checkpoint.alone(folder):
+            return _run(args, folder, world)
+    except (OSError, RuntimeError, ValueError):
+        if world.size > 1 and not world.leads:
+            return 1  # the process that leads says it
+        raise
+    finally:
+        world.close()
+
+
+def _run(args: argparse.Namespace, folder: Path, world) -> int:
+    import recurra
+    from recurra.lm.config import LMConfig
+    from recurra.train import Trainer, TrainOptions, checkpoint, state
+    from recurra.train.run import run as train
+
+    def say(text: str) -> None:
+        if world.leads:
+            print(f"recurra train: {text}", file=sys.stderr, flush=True)
+
+    root = folder / state.FOLDER
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainOptions)
+             if hasattr(args, f.name)}  # fmt: skip
+    if world.leads:
+        checkpoint.clean(root)
+    world.barrier()
+    before = None
+    if args.resume:
+        before = checkpoint.newest(root, say)
+        if before is None:
+            say(f"{folder} has no checkpoint yet: begins anew")
+    elif checkpoint.exists(root):
+        raise ValueError(
+            f"{folder} holds a run already: --resume goes on with it, another folder begins anew"
+        )
+
+    if before is not None and not args.data:
+        args.data, args.valid_data = state.sources(before)
+    tokenizer_file = _tokenizer_file(args, before)
+    corpus, tokenizer = _corpus(args, folder, world, tokenizer_file)
+    if before is not None:
+        from recurra.lm import pretrained
+
+        options = dataclasses.replace(state.options(before), **given)
+        config: LMConfig = pretrained.check(before)[0]
+    else:
+        config = _config(args, tokenizer)
+        options = TrainOptions(**given)
+        if args.minutes is not None:
+            options = dataclasses.replace(
+                options, steps=_steps_in(args.minutes, config, options, corpus, world)
+            )
+        if "warmup" not in given:
+            options = dataclasses.replace(options, warmup=min(options.warmup, options.steps // 10))
+
+    trainer = Trainer(config, options, corpus, world)
+    if args.reference:
+        trainer.model.use_ops(recurra.reference)
+    text = corpus.fingerprint()
+    if before is not None:
+        state.resume(trainer, before, text)
+        say(f"goes on from {before}")
+    elif args.init:
+        _begin_with(trainer, Path(args.init))
+    say(
+        f"{config.parameter_count():,} parameters, {len(corpus.train):,} tokens to train on, "
+        f"{len(corpus.valid):,} to validate on, steps {trainer.step} to {options.steps}, "
+        f"{torch_threads()} threads"
+        + (f", {world.size} processes ({world.kind})" if world.size > 1 else "")
+    )
+    notes = {
+        "data": [os.path.abspath(name) for name in args.data],
+        "valid_data": [os.path.abspath(name) for name in args.valid_data],
+    }
+    stopped = train(trainer, folder, text, tokenizer_file, notes)
+    if stopped:
+        return 128 + stopped
+    say(f"done; {folder / 'loss.png'}, {checkpoint.newest(root)}")
+    return 0
+
+
+def torch_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _tokenizer_file(args: argparse.Namespace, before: Path | None) -> Path | None:
+    from recurra.lm.tokenizer import FILE
+
+    if args.tokenizer:
+        return Path(args.tokenizer)
+    if before is not None and (before / FILE).is_file():
+        return before / FILE
+    return None
+
+
+def _corpus(args: argparse.Namespace, folder: Path, world, file: Path | None):
+    from recurra.lm.tokenizer import ByteTokenizer, JsonTokenizer
+    from recurra.train.data import Corpus, open_text
+
+    tokenizer = ByteTokenizer() if file is None else JsonTokenizer(file)
+    end = None
+    if file is not None:
+        names = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
+        ends = (tokenizer.token_id(name) for name in names)
+        end = next((token for token in ends if token is not None), None)
+    text = open_text(args.data)
+    held_out = open_text(args.valid_data) if args.valid_data else None
+    tokens = folder / "tokens"
+    if file is not None:
+        world.first(lambda: tokens.mkdir(parents=True, exist_ok=True))
+
+    def corpus(make: bool) -> Corpus:
+        return Corpus(text, tokenizer, end=end, held_out=held_out, folder=tokens, make=make)
+
+    if world.size == 1:
+        return corpus(True), tokenizer
+    world.first(lambda: corpus(True))
+    return corpus(False), tokenizer
+
+
+def _config(args: argparse.Namespace, tokenizer):
+    from recurra import _files
+    from recurra.lm import CONFIGS, pretrained
+    from recurra.lm.tokenizer import ByteTokenizer, check_vocabulary
+
+    if args.init:
+        if args.config:
+            raise ValueError("--init brings its own configuration; leave --config out")
+        config = pretrained.read_config(Path(args.init))
+        check_vocabulary(tokenizer, config.vocab_size, "the tokenizer")
+        return config
+    name = args.config or "tiny"
+    if name not in CONFIGS:
+        if not name.endswith(".json"):
+            raise ValueError(
+                f"unknown configuration {name}; known are {', '.join(CONFIGS)}, "
+                "or a file config.json"
+            )
+        config = pretrained.config_from_dict(_files.read_json(Path(name)))
+        check_vocabulary(tokenizer, config.vocab_size, "the tokenizer")
+        return config
+    config = CONFIGS[name]
+    known = 0 if isinstance(tokenizer, ByteTokenizer) else config.vocab_size
+    return dataclasses.replace(config, vocab_size=max(known, tokenizer.vocab_size))
+
+
+def _begin_with(trainer, folder: Path) -> None:
+    import torch
+
+    from recurra.lm import LM
+    from recurra.train.parallel import like
+
+    weights = dict(LM.from_pretrained(folder).named_parameters())
+    with torch.no_grad():
+        for name, p in trainer.model.named_parameters():
+            p.copy_(like(p, weights[name].to(p.dtype)))
+
+
+def _steps_in(minutes: float, config, options, corpus, world) -> int:
+    """How many steps take so many minutes here."""
+    from recurra.train import Trainer
+
+    if not 0 < minutes < 1e7:
+        raise ValueError(f"--minutes must be positive, got {minutes}")
+    if world.size > 1:
+        raise ValueError("--minutes is for one process; give --steps")
+    trial = Trainer(config, options, corpus, world)
+    times = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        trial.train_step()
+        times.append(time.perf_counter() - begin)
+    # The first ones find cold memory and sleeping threads.
+    return max(10, int(60 * minutes / sorted(times[2:])[1]))

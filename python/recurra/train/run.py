@@ -1,0 +1,131 @@
+"""A training run from beginning to end: what is shown, saved and drawn on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from recurra.train import checkpoint, state
+from recurra.train.log import Log
+from recurra.train.progress import Progress
+from recurra.train.trainer import NonFiniteLoss, Trainer
+
+
+class Interrupt:
+    """Whether Ctrl-C or a request to end came; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+@contextlib.contextmanager
+def _catch_signals() -> Iterator[Interrupt]:
+    interrupt = Interrupt()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield interrupt
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def run(
+    trainer: Trainer,
+    folder: Path,
+    text: str,
+    tokenizer: Path | None = None,
+    notes: dict[str, Any] | None = None,
+) -> int:
+    """Trains until the last step, or until interrupted.
+
+    Args:
+        trainer: new, or resumed.
+        folder: of the run: log.jsonl, loss.png, checkpoints, and tensorboard where it is installed.
+        text: the fingerprint of the corpus.
+        tokenizer: a tokenizer.json to keep with the checkpoints.
+        notes: what else train.json of the checkpoints is to say.
+
+    Returns:
+        0, or the number of the signal that ended it; the run can be resumed.
+
+    Raises:
+        NonFiniteLoss: the loss is not a number; the last checkpoint is from before.
+        OSError: a checkpoint could not be written; earlier ones are as they were.
+    """
+    options, world = trainer.options, trainer.world
+    # Read now: it may lie in a checkpoint that is deleted on the way.
+    vocabulary = tokenizer.read_bytes() if tokenizer else None
+    log = Log(folder, trainer.step) if world.leads else None
+    progress = Progress(trainer.step, options.steps, world.leads)
+    saved = trainer.step if trainer.step else None
+
+    def save() -> None:
+        nonlocal saved
+        if saved == trainer.step:
+            return
+        if log:
+            log.sync()
+        state.save(trainer, folder, text, vocabulary, **(notes or {}))
+        saved = trainer.step
+
+    def validate() -> None:
+        bpb = trainer.validate()
+        if log:
+            log.add(trainer.step, valid_bpb=bpb)
+            progress.say(f"step {trainer.step}: validation {bpb:.4f} bits per byte")
+            log.draw()
+
+    stopped = 0
+    try:
+        with _catch_signals() as interrupt:
+            if trainer.step == 0:
+                validate()
+            while trainer.step < options.steps:
+                begin = time.perf_counter()
+                done = trainer.train_step()
+                seconds = time.perf_counter() - begin
+                rate = options.batch * options.length / seconds
+                if log:
+                    log.add(
+                        trainer.step,
+                        loss=done.loss,
+                        train_bpb=trainer.bits_per_byte(done.loss),
+                        norm=done.norm,
+                        lr=done.lr,
+                        tokens_per_second=rate,
+                    )
+                progress.step(trainer.step, done.loss, rate)
+                # All processes stop at the same step, whichever of them was told to.
+                stopped = int(world.largest(interrupt.signal))
+                last = trainer.step == options.steps
+                if not stopped and (last or trainer.step % options.eval_every == 0):
+                    validate()
+                if stopped or last or trainer.step % options.save_every == 0:
+                    save()
+                if stopped:
+                    if log:
+                        log.draw()
+                    progress.say(
+                        f"stopped and saved after step {trainer.step}; --resume goes on from there"
+                    )
+                    break
+    except NonFiniteLoss as error:
+        kept = checkpoint.newest(folder / state.FOLDER)
+        where = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
+        raise NonFiniteLoss(f"{error}; {where}") from None
+    finally:
+        progress.close()
+        if log:
+            log.close()
+    return stopped
