@@ -23,7 +23,7 @@ from recurra.bench.memory import peak_memory
 from recurra.bench.timing import import_seconds, per_call
 
 FORWARD, BACKWARD, STEP, MEMORY = "forward", "forward+backward", "step", "memory"
-IMPORT = "import"
+IMPORT, LM = "import", "lm"
 _STEP_CALLS = 200
 
 
@@ -69,17 +69,19 @@ class Built:
 
 @dataclasses.dataclass
 class Measured:
-    """A case that is one number with a limit.
+    """A number with a limit; a case may be several of them.
 
     Attributes:
         value: what came, in ``unit``.
+        limit: it must not exceed, or with ``at_least`` must reach; None where nothing is asked.
         text: what it is made of.
     """
 
     value: float
     unit: str
-    limit: float
+    limit: float | None
     text: str
+    at_least: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Case:
     op: str
     shape: tuple[int, ...]
     kind: str
-    build: Callable[[bool], Built | Measured]
+    build: Callable[[bool], Built | list[Measured]]
     targets: tuple[Target, ...] = ()
 
     @property
@@ -100,7 +102,7 @@ class Case:
     @property
     def missing(self) -> bool:
         """Whether this build of recurra lacks the op."""
-        if self.op == IMPORT:
+        if self.op in (IMPORT, LM):
             return False
         function = f"{self.op}_step" if self.kind == STEP else self.op
         return not hasattr(recurra, function) or not hasattr(recurra.reference, function)
@@ -432,22 +434,20 @@ def _step(op: str, shape: tuple[int, ...], with_peers: bool) -> Built:
 # Memory and import --------------------------------------------------------------------------------
 
 
-def _memory(shape: tuple[int, ...], with_peers: bool) -> Measured:
+def _memory(shape: tuple[int, ...], with_peers: bool) -> list[Measured]:
     """Peak memory of selective_scan forward and backward, results included, over its inputs."""
     inputs, extra = peak_memory(shape)
     mebi = 1 / 2**20
-    return Measured(
-        extra / inputs,
-        "x the inputs",
-        2.0,
+    text = (
         f"{extra * mebi:.0f} MiB at the peak, results and gradients included, beside "
-        f"{inputs * mebi:.0f} MiB of inputs",
+        f"{inputs * mebi:.0f} MiB of inputs"
     )
+    return [Measured(extra / inputs, "x the inputs", 2.0, text)]
 
 
-def _import(with_peers: bool) -> Measured:
+def _import(with_peers: bool) -> list[Measured]:
     alone, beyond = import_seconds(7)
-    return Measured(1e3 * beyond, "ms beyond torch", 150, f"import torch {alone:.2f} s")
+    return [Measured(1e3 * beyond, "ms beyond torch", 150, f"import torch {alone:.2f} s")]
 
 
 # The table ----------------------------------------------------------------------------------------
@@ -551,6 +551,9 @@ def table() -> list[Case]:
         for op in default.public_ops()
         if op not in shapes
     ]
+    from recurra.bench import models  # which is made of the cases above
+
+    cases += [Case(LM, (), name, build) for name, build in models.BUILDERS.items()]
     return [*cases, Case(IMPORT, (), "", _import)]
 
 

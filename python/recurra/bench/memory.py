@@ -1,4 +1,4 @@
-"""The memory that a training step of selective_scan takes, measured by the system."""
+"""The memory of a training step of selective_scan, or of a model, measured by the system."""
 
 from __future__ import annotations
 
@@ -52,5 +52,35 @@ def _measure(shape: list[int]) -> tuple[int, int]:
     return size, extra
 
 
+def _measure_model(batch: int, length: int) -> int:
+    """Bytes at the peak of a step of the tiny model, its parameters and all else included."""
+    import torch
+    import torch.nn.functional as F
+
+    import recurra
+
+    def trainer():
+        model = recurra.LM("tiny")
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step(model, optimizer, tokens):
+        loss = F.cross_entropy(model(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(*trainer(), torch.randint(0, 256, (1, 17)))
+    before = _status("VmRSS")
+    model, optimizer = trainer()
+    tokens = torch.randint(0, 256, (batch, length + 1))
+    Path("/proc/self/clear_refs").write_text("5")
+    for _ in range(3):
+        step(model, optimizer, tokens)
+    return _status("VmHWM") - before
+
+
 if __name__ == "__main__":
-    print(*_measure([int(size) for size in sys.argv[1:]]))
+    if sys.argv[1] == "lm":
+        print(_measure_model(*(int(size) for size in sys.argv[2:])))
+    else:
+        print(*_measure([int(size) for size in sys.argv[1:]]))

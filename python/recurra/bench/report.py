@@ -65,7 +65,7 @@ def run(case: Case, with_peers: bool, repeat: int) -> dict[str, object]:
     torch.manual_seed(0)
     start = time.perf_counter()
     built = case.build(with_peers)
-    if isinstance(built, Measured):
+    if isinstance(built, list):
         return _measured(case, built)
     fraction = built.verify()
     print(
@@ -133,13 +133,25 @@ def _judge(target: Target, seconds: dict[str, float], results: list) -> str:
     return f"{bound} {target.limit:g} ({_verdict(met)})"
 
 
-def _measured(case: Case, value: Measured) -> dict[str, object]:
-    met = value.value <= value.limit
-    print(
-        f"  {value.value:.3g} {value.unit}, at most {value.limit:g} ({_verdict(met)}): {value.text}"
-    )
-    target = {"what": value.unit, "ratio": value.value, "limit": value.limit, "met": met}
-    return {"case": case.name, "available": True, "targets": [target | {"at_least": False}]}
+def _measured(case: Case, values: list[Measured]) -> dict[str, object]:
+    targets = []
+    for m in values:
+        if m.limit is None:
+            print(f"  {m.value:.3g} {m.unit}: {m.text}")
+            continue
+        met = m.value >= m.limit if m.at_least else m.value <= m.limit
+        bound = "at least" if m.at_least else "at most"
+        print(f"  {m.value:.3g} {m.unit}, {bound} {m.limit:g} ({_verdict(met)}): {m.text}")
+        targets.append(
+            {
+                "what": m.unit,
+                "ratio": m.value,
+                "limit": m.limit,
+                "at_least": m.at_least,
+                "met": met,
+            }
+        )
+    return {"case": case.name, "available": True, "targets": targets}
 
 
 def _verdict(met: bool) -> str:
@@ -152,7 +164,7 @@ def _time(seconds: float) -> str:
 
 def _title(case: Case) -> str:
     if not case.shape:
-        return case.op
+        return f"{case.op} {case.kind}".rstrip()
     axes = AXES[case.op] if len(case.shape) == len(AXES[case.op]) else ("B", "D")
     sizes = ", ".join(map(str, case.shape))
     return f"{case.op} {case.kind}, ({', '.join(axes)}) = ({sizes})"
