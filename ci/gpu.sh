@@ -11,7 +11,7 @@ python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
   || die "torch $(python -c 'import torch; print(torch.__version__)') finds no GPU"
 arch="$(python -c 'import torch; print("%d%d-real" % torch.cuda.get_device_capability())')"
 say "$(python -c 'import torch; print(torch.cuda.get_device_name())'), sm_$arch"
-install_package -C "cmake.define.RECURRA_CUDA_ARCHITECTURES=$arch"
+install_package test -C "cmake.define.RECURRA_CUDA_ARCHITECTURES=$arch"
 recurra info
 python -m pytest "$@"
 say "bench"

@@ -6,7 +6,7 @@
 
 setup_environment
 # Named, because the build folder remembers the one architecture of ci/test.sh.
-install_package -C "cmake.define.RECURRA_CUDA_ARCHITECTURES=80-real;90;100-real;120-real"
+install_package test -C "cmake.define.RECURRA_CUDA_ARCHITECTURES=80-real;90;100-real;120-real"
 export RECURRA_TEST_TIER=nightly
 
 say "tests/cpp, plain and in full"

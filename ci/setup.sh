@@ -81,15 +81,17 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Pyth
   BUILD="$ROOT/build/ci-$(python -c 'import sys, torch; print(f"{sys.implementation.cache_tag}-{torch.__version__}")')"
 }
 
-# install_package [PIP OPTION...]: builds the wheel, checks it and installs it with the test extra.
+# install_package EXTRA [PIP OPTION...]: builds the wheel, checks it and installs it with that extra.
 install_package() {
+  local extra="$1"
+  shift
   rm -rf "$BUILD/wheel"
   timed "build" python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir "$BUILD/wheel" \
     -C build-dir="$BUILD/package" -C "cmake.define.RECURRA_WERROR=$WERROR" "$@" .
   local wheel
   wheel="$(ls "$BUILD"/wheel/recurra-*.whl)"
   python ci/audit_wheel.py "$wheel" --source "$ROOT" --build "$BUILD"
-  python -m pip install -q "$wheel[test]"
+  python -m pip install -q "$wheel[$extra]"
   python -m pip install -q --no-deps --force-reinstall "$wheel"
 }
 

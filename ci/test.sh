@@ -6,7 +6,7 @@
 
 setup_environment
 # One CUDA architecture is enough to know that the sources compile.
-install_package -C cmake.define.RECURRA_CUDA_ARCHITECTURES=90-real
+install_package test -C cmake.define.RECURRA_CUDA_ARCHITECTURES=90-real
 say "lint"
 python ci/lint.py
 python ci/lint.py --objects "$BUILD/package"
