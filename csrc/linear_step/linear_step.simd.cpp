@@ -8,14 +8,14 @@
 namespace recurra::RECURRA_ISA {
 namespace {
 
-constexpr int64_t kBlock = kLanes;         // rows of weights whose outputs are stored together
-constexpr int64_t kMost = 8;               // rows of x for which a block reads its weights once
-constexpr int64_t kColumns = 256;          // columns of a tile of weights that lie otherwise
-constexpr int64_t kTaskRows = 8;           // a task has a multiple of these rows
-constexpr int64_t kTasks = 16;             // and a call about so many tasks,
-constexpr int64_t kSmallest = 32 << 10;    // but none with fewer bytes of weights
-constexpr int64_t kLargest = 1 << 20;      // or more
-constexpr int64_t kSerialBelow = 1 << 16;  // products that threads would not make faster
+constexpr int64_t kBlock = kLanes;          // rows of weights whose outputs are stored together
+constexpr int64_t kMost = 8;                // rows of x for which a block reads its weights once
+constexpr int64_t kColumns = 256;           // columns of a tile of weights that lie otherwise
+constexpr int64_t kTaskRows = 8;            // a task has a multiple of these rows
+constexpr int64_t kTasks = 16;              // and a call about so many tasks,
+constexpr int64_t kSmallest = 32 << 10;     // but none with fewer bytes of weights
+constexpr int64_t kLargest = 1 << 20;       // or more
+constexpr int64_t kSerialBelow = 96 << 10;  // products that threads would not make faster
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
