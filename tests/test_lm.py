@@ -80,6 +80,29 @@ def test_whole_is_chunked_is_stepped(config, dtype):
                 assert (x - z).abs().max() <= bound * x.abs().max()
 
 
+def test_steps_follow_a_parameter_that_changes():
+    lm = model().eval()
+    tokens = torch.randint(0, 50, (2, 3), generator=torch.manual_seed(6))
+
+    def agree():
+        with torch.no_grad():
+            state = lm.initial_state(2)
+            steps = torch.stack([lm.step(tokens[:, t], state) for t in range(3)], 1)
+            torch.testing.assert_close(steps, lm(tokens)[0], rtol=1e-11, atol=1e-12)
+
+    agree()
+    with torch.no_grad():
+        lm.layers[0].mixer.A_log.add_(0.5)
+    agree()
+    lm.load_state_dict(model().state_dict(), assign=True)
+    agree()
+    lm.load_state_dict({k: v + 0.25 for k, v in model().state_dict().items()})
+    agree()
+    with torch.inference_mode():
+        state = lm.initial_state(2)
+        assert torch.equal(lm.step(tokens[:, 0], state), lm.step(tokens[:, 0], lm.initial_state(2)))
+
+
 def test_packed_sequences_do_not_meet():
     lm = model().eval()
     pieces = [torch.randint(0, 50, (n,), generator=torch.manual_seed(n)) for n in (5, 1, 30)]

@@ -16,7 +16,7 @@ from torch import Tensor
 # Bytes of a JSON file and of the header of a safetensors file: in memory they become up to 30 times
 # as large. Tokenizers have larger files, but do not come this way.
 MAX_JSON = 2 << 20
-MAX_HEADER = 8 << 20
+MAX_HEADER = 3 << 20
 
 TEMPORARY = ".tmp-"  # how the names begin of what an interrupted process may leave
 
@@ -176,6 +176,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
     Raises:
         OSError: it cannot be written.
+        ValueError: there are too many tensors.
     """
     # Not by the library, which hides the error of the system in a text and makes files that only
     # their owner can read. The widest first, so that every tensor is aligned.
@@ -191,6 +192,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:  # could not be read
+        raise ValueError(f"{path}: {len(tensors)} tensors are too many for one file")
     with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, x in ordered:

@@ -98,6 +98,7 @@ class Mamba(nn.Module):
         self.A_log = nn.Parameter(torch.empty(D, N))
         self.D = nn.Parameter(torch.empty(D))
         self.out_proj = nn.Linear(D, d_model, bias=config.bias)
+        self._A_of_steps: tuple[Tensor, int, Tensor] | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -133,6 +134,16 @@ class Mamba(nn.Module):
 
     def _A(self) -> Tensor:
         return -torch.exp(self.A_log.float() if self.A_log.dtype.itemsize == 2 else self.A_log)
+
+    def _A_for_step(self) -> Tensor:
+        # A twentieth of the time of a step, so it is kept while the parameter stays as it is.
+        A_log = self.A_log
+        if A_log.is_inference():  # has no version
+            return self._A()
+        kept = self._A_of_steps
+        if kept is None or kept[0] is not A_log or kept[1] != A_log._version:
+            kept = self._A_of_steps = A_log, A_log._version, self._A()
+        return kept[2]
 
     def forward(
         self, x: Tensor, state: MambaState | None = None, *, cu_seqlens: Tensor | None = None
@@ -180,7 +191,7 @@ class Mamba(nn.Module):
             state.ssm,
             u,
             linear_step(dt, self.dt_proj.weight),
-            self._A(),
+            self._A_for_step(),
             B,
             C,
             self.D,
