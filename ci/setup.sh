@@ -72,8 +72,9 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Pyth
     timed "torch" python -m pip install -q "${RECURRA_TORCH:-$torch}" numpy
   fi
   tools="$(missing_tools)"
+  # The pip that a distribution puts into environments may be too old for -C.
   # shellcheck disable=SC2086
-  python -m pip install -q "scikit-build-core>=0.10" "pybind11>=2.12" $tools
+  python -m pip install -q "pip>=23.1" "scikit-build-core>=0.10" "pybind11>=2.12" $tools
   # Warnings are errors with the compiler that the tree is kept clean for; others have others.
   WERROR=OFF
   if "$compiler" --version | sed -n 1p | grep -qE '^g\+\+.* 1[23]\.'; then WERROR=ON; fi

@@ -53,6 +53,10 @@ constexpr Op kOps[] = {
      "z:act?(B,D) delta_bias:param?(D) h:state*(M,D,N) slots:index?(B)"},
     {"_linear_step(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
      "x:act(B,K) weight:param(N,K) bias:param?(N)"},
+    {"_rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+     "x:act(B,D)/(B,T,D) weight:param(D)"},
+    {"_rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd) -> (Tensor, Tensor)",
+     "x:act(B,D)/(B,T,D) weight:param(D) dy:act rstd:state"},
 };
 
 std::string name_of(const Op& op) {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -77,17 +79,28 @@ class JsonTokenizer:
                 f"{path}: at most {_MAX_FILE >> 20} MiB are allowed, got {size} bytes"
             )
         self.path = path
-        try:
+        with self._errors("is not a tokenizer"):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises Exception itself
-            raise CheckpointError(f"{path}: is not a tokenizer: {error}") from None
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+            tokens = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        # Not how many there are: a file may leave numbers out.
+        self.vocab_size = max(tokens, default=-1) + 1
+
+    @contextlib.contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # the library's panics are not even Exceptions
+            raise CheckpointError(f"{self.path}: {what}: {error}") from None
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with self._errors("cannot encode"):
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens: list[int]) -> str:
-        return self._tokenizer.decode(tokens, skip_special_tokens=True)
+        with self._errors("cannot decode"):
+            return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
     def token_id(self, token: str) -> int | None:
         """The number of a token by its name, such as ``<|endoftext|>``."""
