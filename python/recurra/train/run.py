@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,9 @@ class Interrupt:
 @contextlib.contextmanager
 def _catch_signals() -> Iterator[Interrupt]:
     interrupt = Interrupt()
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    # Python hands signals to the main thread alone.
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
     before = [signal.signal(number, interrupt) for number in numbers]
     try:
         yield interrupt
@@ -109,7 +112,7 @@ def run(
                 # All processes stop at the same step, whichever of them was told to.
                 stopped = int(world.largest(interrupt.signal))
                 last = trainer.step == options.steps
-                if not stopped and (last or trainer.step % options.eval_every == 0):
+                if last or trainer.step % options.eval_every == 0:
                     validate()
                 if stopped or last or trainer.step % options.save_every == 0:
                     save()
