@@ -74,6 +74,8 @@ class LM(nn.Module):
     def reset_parameters(self) -> None:
         """Embedding and head normal with deviation 0.02; projections back into the residual stream
         smaller by the root of the number of layers, as in GPT-2; the rest as the mixers say."""
+        if self.norm_f.weight.is_meta:  # takes its time even where there is nothing to fill
+            return
         for block in self.layers:
             block.norm.reset_parameters()
             block.mixer.reset_parameters()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import re
 from functools import partial
 from pathlib import Path
@@ -158,6 +159,7 @@ def check(folder: Path) -> tuple[LMConfig, list[Path]]:
     return config, files
 
 
+@functools.lru_cache(8)
 def _shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of the parameters by name, the tied head left out."""
     with torch.device("meta"):

@@ -105,6 +105,8 @@ class Mamba(nn.Module):
     def reset_parameters(self, dt_min: float = 0.001, dt_max: float = 0.1) -> None:
         """A = -(1, ..., N), S4D's real initialisation; time steps log-uniform between the bounds;
         everything else as in torch.nn."""
+        if self.D.is_meta:  # takes its time even where there is nothing to fill
+            return
         for layer in (self.in_proj, self.conv1d, self.x_proj, self.out_proj):
             layer.reset_parameters()
         bound = self.dt_rank**-0.5
