@@ -267,4 +267,40 @@ class Case {
   std::vector<std::unique_ptr<Array>> arrays_;
 };
 
+// What cases are drawn from.
+struct Shape {
+  int64_t batch, time, channels;
+};
+
+// Around the sixteen lanes, and past the tiles of either kind now and then.
+inline Shape shape(Random& random) {
+  if (random.chance(10))
+    return {1, random.pick<int64_t>({257, 300}), random.pick<int64_t>({1, 33})};
+  return {random.pick<int64_t>({0, 1, 1, 1, 2, 3}),
+          random.pick<int64_t>({0, 1, 2, 3, 15, 16, 17, 33, 65, 70}),
+          random.pick<int64_t>({0, 1, 2, 7, 15, 16, 17, 31, 32, 33, 64, 65, 130, 260})};
+}
+
+inline DType activation(Random& random) {
+  return random.pick({DType::f32, DType::f32, DType::f64, DType::bf16, DType::f16});
+}
+inline DType parameter(Random& random, DType activations) {
+  return random.chance(50) ? activations : activations == DType::f64 ? DType::f64 : DType::f32;
+}
+inline DType state_of(DType d) { return d == DType::f64 ? d : DType::f32; }
+
+template <int N, class... I>
+double get(const View<N>& v, I... index) {
+  return v ? load(v.at(index...), v.dtype) : 0.0;
+}
+template <int N, class... I>
+void set(const View<N>& v, double value, I... index) {
+  if (v) store(v.at(index...), v.dtype, value);
+}
+
+template <class F>
+void in_compute_type(DType d, F f) {
+  computes_in_double(d) ? f(0.0) : f(0.0f);
+}
+
 }  // namespace recurra::test
