@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurra.lm.config import CONFIGS, LMConfig
-from recurra.nn import Mamba, MambaState
+from recurra.nn import Mamba, MambaState, RMSNorm
 from recurra.ops.linear_step import linear_step
 
 LMState = list[MambaState]
@@ -22,7 +22,7 @@ class Block(nn.Module):
     def __init__(self, config: LMConfig):
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = Mamba(config.d_model, config.mixer)
 
     def _residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ class LM(nn.Module):
         self.config = config
         self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm_f = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.reset_parameters()
         if config.tie_embeddings:
@@ -139,7 +139,7 @@ class LM(nn.Module):
                 hidden.append(x)
         if last_only:
             x = x[:, -1:] if cu_seqlens is None else x[0, cu_seqlens[1:] - 1, None]
-        x = self._last_norm(x)
+        x = self.norm_f(x)
         logits = F.linear(x.to(self.lm_head.weight.dtype), self.lm_head.weight)
         if return_hidden:
             hidden.append(x)
@@ -160,12 +160,7 @@ class LM(nn.Module):
         x = self.embeddings(tokens)
         for block, s in zip(self.layers, state, strict=True):
             x = block.step(x, s)
-        return linear_step(self._last_norm(x).to(self.lm_head.weight.dtype), self.lm_head.weight)
-
-    def _last_norm(self, x: Tensor) -> Tensor:
-        # In the precision of the residual stream, whatever that of the weight.
-        norm = self.norm_f
-        return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
+        return linear_step(self.norm_f(x).to(self.lm_head.weight.dtype), self.lm_head.weight)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> LM:

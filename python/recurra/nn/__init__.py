@@ -6,5 +6,6 @@ steps give the same results.
 """
 
 from recurra.nn.mamba import Mamba, MambaConfig, MambaState
+from recurra.nn.norm import RMSNorm
 
-__all__ = ["Mamba", "MambaConfig", "MambaState"]
+__all__ = ["Mamba", "MambaConfig", "MambaState", "RMSNorm"]
