@@ -39,7 +39,7 @@ def _run(code: str, timeout: float, **environment: str) -> str:
 
 
 def test_killed_at_any_instant(tmp_path):
-    _run(f"crash.kills({str(tmp_path)!r}, {2000 if NIGHTLY else 24})", 3600 if NIGHTLY else 120)
+    _run(f"crash.kills({str(tmp_path)!r}, {2000 if NIGHTLY else 24})", 7200 if NIGHTLY else 600)
 
 
 def test_every_call_of_a_save_fails(shim, tmp_path):
@@ -108,7 +108,7 @@ def test_a_disk_that_fills_up(shim, tmp_path):
 
 
 def test_two_processes_save_into_one_folder(tmp_path):
-    _run(f"crash.pairs({str(tmp_path)!r}, {500 if NIGHTLY else 20})", 1200 if NIGHTLY else 120)
+    _run(f"crash.pairs({str(tmp_path)!r}, {500 if NIGHTLY else 20})", 3600 if NIGHTLY else 300)
 
 
 def test_two_runs_in_one_folder(tmp_path):

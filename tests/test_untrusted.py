@@ -19,7 +19,7 @@ from recurra._files import CheckpointError
 from recurra.lm import LMConfig, load_tokenizer
 from recurra.lm.tokenizer import JsonTokenizer
 from recurra.nn import MambaConfig
-from recurra.train import TrainOptions, checkpoint
+from recurra.train import TrainOptions, checkpoint, state
 from support import NIGHTLY, run_python, same_bits
 
 UNTIED = LMConfig(
@@ -73,6 +73,21 @@ def test_no_model_is_made_for_weights_that_are_not_there(tmp_path, monkeypatch):
     status, errors = crash.call(["train", str(run), "--resume", "--data", argv[3]])
     assert status == 1
     crash.assert_one_sentence(errors, "must have shape (256, 10000), got (256, 8)")
+
+
+@pytest.mark.parametrize("position", [-1, 10**6, 10**30, "1"])
+def test_a_place_outside_of_the_random_numbers(position, tmp_path):
+    """numpy would read what is in memory there."""
+    trainer = crash.trainer()
+    trainer.train_step()
+    state.save(trainer, tmp_path, "text")
+    path = tmp_path / crash.FOLDER / checkpoint.name(1) / state.ABOUT
+    about = json.loads(path.read_text())
+    about["random"]["numpy"][2] = position
+    path.write_text(json.dumps(about))
+    hostile.seal(path.parent, 1)
+    with pytest.raises(CheckpointError, match="cannot be resumed"):
+        state.resume(trainer, path.parent, "text")
 
 
 def test_an_index_within_the_folder(folder):
