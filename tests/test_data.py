@@ -96,7 +96,7 @@ def test_a_file_of_any_size(tmp_path):
     assert text.read(1 << 41, 4).astype(np.uint8).tobytes() == b"here"
     assert text.read((1 << 42) - 1, 4).astype(np.uint8).tobytes() == b"\0end"
     corpus = Corpus(text, ByteTokenizer())
-    assert len(corpus.valid) == 4 << 20 and len(corpus.fingerprint()) == 64
+    assert len(corpus.valid) == 4 << 20 and len(corpus.fingerprint()) == 128
     x, y = Batches(corpus.train, 4, 16, 0, False).get(1, range(4))
     assert x.shape == y.shape == (4, 16)
 
@@ -171,6 +171,15 @@ def test_a_tokenizer_file_makes_token_files(tmp_path):
     assert corpus.bytes_per_token == corpus.valid_bytes / len(corpus.valid)
     again = Corpus(text, tokenizer, fraction=0.1, folder=tmp_path, make=False)
     assert again.fingerprint() == corpus.fingerprint()
+
+    # Tokenized again only where something has changed.
+    stamp = (tmp_path / "train.bin").stat().st_mtime_ns
+    Corpus(text, tokenizer, end=0, fraction=0.1, folder=tmp_path)
+    assert (tmp_path / "train.bin").stat().st_mtime_ns == stamp
+    other = Corpus(text, tokenizer, end=1, fraction=0.1, folder=tmp_path)
+    assert other.fingerprint() != again.fingerprint()
+    shifted = Corpus(text, tokenizer, end=1, fraction=0.2, folder=tmp_path)
+    assert len(shifted.valid) > len(other.valid)
 
 
 def test_pieces_are_cut_at_lines_and_never_within_a_character(monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -145,10 +147,10 @@ def test_a_repetition_penalty_counts_prompt_and_new_tokens(lm):
 
 def test_the_end_of_text_token_ends():
     torch.manual_seed(0)
-    config = LMConfig(vocab_size=8, d_model=16, n_layers=1, eos_token_id=3)
+    config = LMConfig(vocab_size=8, d_model=16, n_layers=1, eos_token_ids=(3, 4))
     model = recurra.LM(config).eval()
     drawn = model.generate([[1]] * 20, max_tokens=50, sampling=Sampling(seed=0))
-    assert all(3 not in tokens for tokens in drawn) and {len(t) for t in drawn} != {50}
+    assert all(not {3, 4} & set(tokens) for tokens in drawn) and {len(t) for t in drawn} != {50}
     never = model.generate([[1]] * 20, max_tokens=50, sampling=Sampling(seed=0), stop_tokens=())
     assert {len(t) for t in never} == {50}
 
@@ -259,11 +261,49 @@ def test_a_tokenizer_file_streams_what_it_decodes(json_file):
 
 
 def test_decoding_takes_constant_memory(lm):
-    """The state has the same size after any number of tokens, and nothing else is kept."""
-    state = lm.initial_state(1)
-    before = [tuple(x.shape) for s in state for x in s]
-    storage = [x.data_ptr() for s in state for x in s]
-    for token in range(50):
-        lm.step(torch.tensor([token]), state)
-    assert [tuple(x.shape) for s in state for x in s] == before
-    assert [x.data_ptr() for s in state for x in s] == storage
+    """As many bytes of tensors live after 30 tokens as after 300."""
+    living: dict[int, int] = {}
+    count = 0
+
+    def on_token(row: int, token: int) -> None:
+        nonlocal count
+        count += 1
+        if count in (30, 300):
+            gc.collect()
+            tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor]
+            living[count] = sum(x.untyped_storage().nbytes() for x in tensors)
+
+    lm.generate([[1]], max_tokens=301, sampling=Sampling(seed=0), on_token=on_token)
+    assert living[30] == living[300] > 0
+
+
+def test_generating_leaves_the_random_numbers_of_others(lm):
+    torch.manual_seed(0)
+    wanted = torch.rand(1)
+    torch.manual_seed(0)
+    lm.generate([[1]], max_tokens=5)
+    lm.generate([[1]], max_tokens=5, sampling=Sampling())
+    assert torch.equal(torch.rand(1), wanted)
+
+
+def test_any_temperature(lm):
+    cold = Sampling(temperature=1e-42, seed=0)
+    assert lm.generate([[5]], max_tokens=8, sampling=cold) == lm.generate([[5]], max_tokens=8)
+
+
+def test_spaces_between_the_prompt_and_what_follows(tmp_path):
+    """A tokenizer that drops the first space of a text must not drop that of a continuation."""
+    from recurra.lm.tokenizer import JsonTokenizer
+
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {w: i for i, w in enumerate(["[UNK]", "▁once", "▁upon", "▁a", "▁time"])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    made.enable_truncation(2)
+    made.enable_padding(length=7)
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = JsonTokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.encode("once upon a time") == [1, 2, 3, 4]  # neither cut nor filled up
+    decoder = tokenizer.decoder(tokenizer.encode("once upon"))
+    assert [decoder.push(3), decoder.push(4)] == [" a", " time"] and decoder.flush() == ""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 import recurra
 from recurra.lm import CONFIGS, LMConfig
@@ -23,7 +25,7 @@ VARIANTS = {
         mixer=MambaConfig(d_state=3, expand=3, d_conv=3, dt_rank=7, bias=True, conv_bias=False),
         tie_embeddings=False,
         norm_eps=1e-3,
-        eos_token_id=2,
+        eos_token_ids=(2, 5),
     ),
     "no convolution": LMConfig(
         vocab_size=17, d_model=9, n_layers=1, mixer=MambaConfig(d_conv=1, expand=1.5)
@@ -94,13 +96,33 @@ def test_steps_follow_a_parameter_that_changes():
     with torch.no_grad():
         lm.layers[0].mixer.A_log.add_(0.5)
     agree()
+    lm.layers[1].mixer.A_log.data.mul_(1.5)
+    agree()
     lm.load_state_dict(model().state_dict(), assign=True)
     agree()
     lm.load_state_dict({k: v + 0.25 for k, v in model().state_dict().items()})
     agree()
+    for fused in (True, False):
+        optimizer = torch.optim.AdamW(lm.parameters(), lr=0.1, fused=fused)
+        lm(tokens)[0].square().mean().backward()
+        optimizer.step()
+        agree()
+    with torch.no_grad():
+        lm.float()
+        single = lm.step(tokens[:, 0], lm.initial_state(2))
+        lm.double()
+        assert (lm.step(tokens[:, 0], lm.initial_state(2)) - single).abs().max() < 1e-4
+    agree()
     with torch.inference_mode():
         state = lm.initial_state(2)
         assert torch.equal(lm.step(tokens[:, 0], state), lm.step(tokens[:, 0], lm.initial_state(2)))
+
+
+def test_a_model_with_other_ops_can_be_copied():
+    lm = model().eval()
+    lm.use_ops(recurra.reference)
+    tokens = torch.tensor([[1, 2, 3]])
+    assert torch.equal(copy.deepcopy(lm)(tokens)[0], lm(tokens)[0])
 
 
 def test_packed_sequences_do_not_meet():
@@ -169,8 +191,6 @@ def test_compiles_without_graph_breaks():
 
 # ---- the files of transformers ------------------------------------------------------------------
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-
 
 def theirs(seed: int = 0, **options):
     torch.manual_seed(seed)
@@ -222,6 +242,28 @@ def test_loads_what_transformers_saves(options, sharded, tmp_path):
     greedy = peer.generate(tokens, max_new_tokens=25, do_sample=False, eos_token_id=None)
     ours = lm.generate(tokens, max_tokens=25, stop_tokens=())
     assert greedy[:, 37:].tolist() == ours
+
+
+@pytest.mark.parametrize("in_config", [True, False])
+def test_every_token_that_ends_a_text_does(in_config, tmp_path):
+    peer = theirs(eos_token_id=None)
+    tokens = torch.randint(0, 101, (1, 5), generator=torch.manual_seed(7))
+    free = peer.generate(tokens, max_new_tokens=25, do_sample=False, eos_token_id=None)[0, 5:]
+    ends = [100, free[6].item()]
+    for said in (
+        (peer.config, peer.generation_config)[:1] if in_config else (peer.generation_config,)
+    ):
+        said.eos_token_id = ends
+    peer.save_pretrained(tmp_path)
+    if in_config:
+        (tmp_path / "generation_config.json").unlink()
+    lm = recurra.LM.from_pretrained(tmp_path)
+    assert lm.config.eos_token_ids == tuple(ends)
+    stop = free.tolist().index(ends[1])
+    assert lm.generate(tokens, max_tokens=25) == [free[:stop].tolist()]
+    lm.save_pretrained(tmp_path / "ours")
+    assert recurra.LM.from_pretrained(tmp_path / "ours").config == lm.config
+    assert transformers.MambaConfig.from_pretrained(tmp_path / "ours").eos_token_id == ends
 
 
 @pytest.mark.parametrize("options", FOREIGN.values(), ids=FOREIGN)

@@ -29,6 +29,15 @@ TEXT = "".join(f"{i} squared is {i * i}.\n" for i in range(3000)).encode()
 QUICK = {"steps": 6, "batch": 4, "length": 32, "warmup": 2, "eval_batches": 1, "lr": 1e-2}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small wait for threads more than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def corpus() -> Corpus:
     return Corpus(Bytes([TEXT]), ByteTokenizer())
 
@@ -200,6 +209,64 @@ def command(files: Path, run: Path, *arguments: str, processes: int = 1) -> list
     return [sys.executable, *launch, "train", str(run), *data, *options, *arguments]
 
 
+def test_what_the_pieces_of_a_carried_run_must_share(files, tmp_path):
+    first = command(files, tmp_path, "--carry", "--save-every=3", "--threads=1")
+    subprocess.run(first, check=True, capture_output=True)
+    for option, message in (
+        ("--length=16", "length must stay 32, got 16"),
+        ("--precision=float64", "precision must stay float32, got float64"),
+        ("--no-carry", ""),
+    ):
+        again = [sys.executable, "-m", "recurra", "train", str(tmp_path), "--resume", "--steps=8"]
+        done = subprocess.run([*again, option], capture_output=True, text=True)
+        assert done.returncode == (1 if message else 0), done.stderr
+        assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_options_that_contradict_each_other(files, tmp_path):
+    subprocess.run(command(files, tmp_path, "--threads=1"), check=True, capture_output=True)
+    again = [sys.executable, "-m", "recurra", "train", str(tmp_path), "--resume"]
+    done = subprocess.run([*again, "--config=small"], capture_output=True, text=True)
+    assert done.returncode == 1 and "holds another model than --config small" in done.stderr
+    both = command(files, tmp_path / "new", "--minutes=1")
+    done = subprocess.run(both, capture_output=True, text=True)
+    assert done.returncode == 1 and "give --steps or --minutes, not both" in done.stderr
+
+
+def test_a_validation_that_was_left_out_is_made_up_for(tmp_path):
+    t = trainer(eval_every=3, save_every=3, steps=3)
+    run(t, tmp_path, "text")
+    path = tmp_path / "log.jsonl"
+    lines = path.read_text().splitlines()
+    assert "valid_bpb" in lines[-1]
+    path.write_text("\n".join(lines[:-1]) + "\n")  # killed between the checkpoint and it
+    again = trainer(eval_every=3, save_every=3, steps=3)
+    state.resume(again, newest(tmp_path), "text")
+    run(again, tmp_path, "text")
+    assert path.read_text().splitlines() == lines
+
+
+def test_a_checkpoint_gives_a_loss(tmp_path):
+    """Weights that explode in the very step that is to be saved do not take the place of others."""
+    t = trainer(save_every=1, keep=1, steps=2)
+    run(t, tmp_path, "text")
+    good = newest(tmp_path)
+    wild = trainer(save_every=1, keep=1, steps=4)
+    state.resume(wild, good, "text")
+    step = wild.train_step
+
+    def explode():
+        done = step()
+        with torch.no_grad():
+            wild.model.norm_f.weight.fill_(float("inf"))
+        return done
+
+    wild.train_step = explode
+    with pytest.raises(NonFiniteLoss, match="after step 3 is nan; the last good checkpoint is"):
+        run(wild, tmp_path, "text")
+    assert newest(tmp_path) == good
+
+
 def curve(run: Path) -> list[tuple]:
     return [
         (e["step"], e.get("loss"), e.get("valid_bpb"), e.get("norm"))
@@ -227,7 +294,7 @@ def test_two_processes_train_as_one(files, one_process, kind, carry, tmp_path):
     extra += ["--carry"] if carry else []
     half = command(files, tmp_path, *extra, "--save-every=3", processes=2)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(half, capture_output=True, text=True, env=env)
+    done = subprocess.run(half, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
     wanted = one_process[carry]
     assert len(wanted) == 9
@@ -262,7 +329,7 @@ def test_ctrl_c_saves_and_leaves(files, tmp_path):
     going.send_signal(signal.SIGINT)
     _, rest = going.communicate(timeout=60)
     assert going.returncode == 130
-    assert "stopped and saved after step" in rest and "Traceback" not in rest
+    assert "stopped, saved after step" in rest and "Traceback" not in rest
     last = max(e["step"] for e in log.read(tmp_path / "log.jsonl"))
     about = json.loads((newest(tmp_path) / "manifest.json").read_text())
     assert about["step"] == last >= 1

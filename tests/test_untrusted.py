@@ -188,7 +188,7 @@ def test_numbers_out_of_range():
         ({"vocab_size": 10**5000}, "vocab_size must be from 1 to .*, got a value too long to"),
         ({"norm_eps": float("nan")}, "norm_eps must be from 0.0 to 1.0, got nan"),
         ({"n_layers": True}, r"n_layers must be int, got True \(bool\)"),
-        ({"eos_token_id": 256}, "eos_token_id must be from 0 to 255, got 256"),
+        ({"eos_token_ids": (256,)}, "eos_token_ids must be from 0 to 255, got 256"),
     ):
         with pytest.raises(ValueError, match=f"LMConfig: {words}"):
             LMConfig(**fields)

@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except AssertionError as error:
         print(f"recurra {args.command}: wrong result: {error}", file=sys.stderr)
-    except (OSError, RuntimeError, ValueError, IndexError) as error:
+    except MemoryError:
+        print(f"recurra {args.command}: not enough memory", file=sys.stderr)
+    except (OSError, RuntimeError, ValueError, IndexError, ImportError) as error:
         print(f"recurra {args.command}: {_sentence(error)}", file=sys.stderr)
     return 1

@@ -34,7 +34,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         default=[],
         help="text files, folders or patterns; default: the Python standard library",
     )
-    add("--chunk", type=int, default=4096, metavar="N", help="tokens at once; default: %(default)s")
+    add("--chunk", type=int, default=1024, metavar="N", help="tokens at once; default: %(default)s")
     add("--max-tokens", type=int, metavar="N", help="read only so many")
     parser.set_defaults(run=run)
 

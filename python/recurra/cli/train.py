@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from recurra.train import checkpoint
-    from recurra.train.parallel import World
+    from recurra.train.parallel import Shared, World
 
     if args.threads is not None:
         if args.threads < 1:
@@ -145,18 +145,27 @@ def run(args: argparse.Namespace) -> int:
             return _run(args, folder, world)
         with checkpoint.alone(folder):
             return _run(args, folder, world)
-    except (OSError, RuntimeError, ValueError):
-        if world.size > 1 and not world.leads:
-            return 1  # the process that leads says it
-        raise
+    except Shared:
+        if world.leads:
+            raise
+        return 1
+    except (OSError, RuntimeError, ValueError) as error:
+        if world.leads:
+            raise
+        print(f"recurra train: process {world.rank}: {error}", file=sys.stderr, flush=True)
+        return 1
     finally:
         world.close()
 
 
 def _run(args: argparse.Namespace, folder: Path, world) -> int:
+    import torch
+
     import recurra
+    from recurra.cli import _model
     from recurra.lm.config import LMConfig
     from recurra.train import Trainer, TrainOptions, checkpoint, state
+    from recurra.train.log import PICTURE
     from recurra.train.run import run as train
 
     def say(text: str) -> None:
@@ -179,22 +188,26 @@ def _run(args: argparse.Namespace, folder: Path, world) -> int:
             f"{folder} holds a run already: --resume goes on with it, another folder begins anew"
         )
 
-    if before is not None and not args.data:
-        args.data, args.valid_data = state.sources(before)
+    if before is not None:
+        data, valid_data = state.sources(before)
+        args.data, args.valid_data = args.data or data, args.valid_data or valid_data
     tokenizer_file = _tokenizer_file(args, before)
-    corpus, tokenizer = _corpus(args, folder, world, tokenizer_file)
+    corpus = _corpus(args, folder, world, tokenizer_file)
     if before is not None:
         from recurra.lm import pretrained
 
         options = dataclasses.replace(state.options(before), **given)
         config: LMConfig = pretrained.check(before)[0]
+        if args.config and _config(args, corpus) != config:
+            raise ValueError(f"{before} holds another model than --config {args.config}")
+        if args.minutes is not None:
+            say("--minutes counts at the beginning of a run; it is left alone now")
     else:
-        config = _config(args, tokenizer)
+        config = _config(args, corpus)
         options = TrainOptions(**given)
         if args.minutes is not None:
-            options = dataclasses.replace(
-                options, steps=_steps_in(args.minutes, config, options, corpus, world)
-            )
+            steps = _steps_in(args, config, options, corpus, world)
+            options = dataclasses.replace(options, steps=steps)
         if "warmup" not in given:
             options = dataclasses.replace(options, warmup=min(options.warmup, options.steps // 10))
 
@@ -206,35 +219,40 @@ def _run(args: argparse.Namespace, folder: Path, world) -> int:
         state.resume(trainer, before, text)
         say(f"goes on from {before}")
     elif args.init:
-        _begin_with(trainer, Path(args.init))
+        _begin_with(trainer, _model.find(args.init))
     say(
         f"{config.parameter_count():,} parameters, {len(corpus.train):,} tokens to train on, "
         f"{len(corpus.valid):,} to validate on, steps {trainer.step} to {options.steps}, "
-        f"{torch_threads()} threads"
+        f"{torch.get_num_threads()} threads"
         + (f", {world.size} processes ({world.kind})" if world.size > 1 else "")
     )
-    notes = {
-        "data": [os.path.abspath(name) for name in args.data],
-        "valid_data": [os.path.abspath(name) for name in args.valid_data],
-    }
+    notes = {"data": _absolute(args.data), "valid_data": _absolute(args.valid_data)}
     stopped = train(trainer, folder, text, tokenizer_file, notes)
     if stopped:
         return 128 + stopped
-    say(f"done; {folder / 'loss.png'}, {checkpoint.newest(root)}")
+    picture = folder / PICTURE
+    say(f"done; {checkpoint.newest(root)}" + (f", {picture}" if picture.is_file() else ""))
     return 0
 
 
-def torch_threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
+def _absolute(names: list[str]) -> list[str]:
+    paths = [os.path.abspath(os.path.expanduser(name)) for name in names]
+    # They are kept with every checkpoint.
+    if sum(map(len, paths)) > 1 << 20:
+        raise ValueError(
+            f"--data names {len(paths)} files; name their folder, or quote the pattern instead"
+        )
+    return paths
 
 
 def _tokenizer_file(args: argparse.Namespace, before: Path | None) -> Path | None:
+    from recurra.cli import _model
     from recurra.lm.tokenizer import FILE
 
     if args.tokenizer:
         return Path(args.tokenizer)
+    if before is None and args.init:
+        before = _model.find(args.init)
     if before is not None and (before / FILE).is_file():
         return before / FILE
     return None
@@ -260,35 +278,41 @@ def _corpus(args: argparse.Namespace, folder: Path, world, file: Path | None):
         return Corpus(text, tokenizer, end=end, held_out=held_out, folder=tokens, make=make)
 
     if world.size == 1:
-        return corpus(True), tokenizer
+        return corpus(True)
     world.first(lambda: corpus(True))
-    return corpus(False), tokenizer
+    return corpus(False)
 
 
-def _config(args: argparse.Namespace, tokenizer):
+def _config(args: argparse.Namespace, corpus):
     from recurra import _files
+    from recurra.cli import _model
     from recurra.lm import CONFIGS, pretrained
-    from recurra.lm.tokenizer import ByteTokenizer, check_vocabulary
+    from recurra.lm.tokenizer import check_vocabulary
 
+    name = args.config or "tiny"
+    tokenizer = corpus.tokenizer
     if args.init:
         if args.config:
             raise ValueError("--init brings its own configuration; leave --config out")
-        config = pretrained.read_config(Path(args.init))
-        check_vocabulary(tokenizer, config.vocab_size, "the tokenizer")
-        return config
-    name = args.config or "tiny"
-    if name not in CONFIGS:
-        if not name.endswith(".json"):
-            raise ValueError(
-                f"unknown configuration {name}; known are {', '.join(CONFIGS)}, "
-                "or a file config.json"
-            )
+        config = pretrained.read_config(_model.find(args.init))
+    elif name in CONFIGS:
+        # The vocabulary is the tokenizer's, but for the few tokens that published models pad it by.
+        config, size = CONFIGS[name], tokenizer.vocab_size
+        padded = config.vocab_size if 0 <= config.vocab_size - size < 256 else size
+        ends = () if corpus.end is None else (corpus.end,)
+        return dataclasses.replace(config, vocab_size=padded, eos_token_ids=ends)
+    elif name.endswith(".json"):
         config = pretrained.config_from_dict(_files.read_json(Path(name)))
-        check_vocabulary(tokenizer, config.vocab_size, "the tokenizer")
-        return config
-    config = CONFIGS[name]
-    known = 0 if isinstance(tokenizer, ByteTokenizer) else config.vocab_size
-    return dataclasses.replace(config, vocab_size=max(known, tokenizer.vocab_size))
+    else:
+        raise ValueError(
+            f"unknown configuration {name}; known are {', '.join(CONFIGS)}, or a file config.json"
+        )
+    check_vocabulary(tokenizer, config.vocab_size, "the tokenizer")
+    if tokenizer.vocab_size == 256 != config.vocab_size:
+        raise ValueError(
+            f"the model has {config.vocab_size} tokens, which are not bytes: give its --tokenizer"
+        )
+    return config
 
 
 def _begin_with(trainer, folder: Path) -> None:
@@ -303,15 +327,21 @@ def _begin_with(trainer, folder: Path) -> None:
             p.copy_(like(p, weights[name].to(p.dtype)))
 
 
-def _steps_in(minutes: float, config, options, corpus, world) -> int:
+def _steps_in(args: argparse.Namespace, config, options, corpus, world) -> int:
     """How many steps take so many minutes here."""
+    import recurra
     from recurra.train import Trainer
 
+    minutes = args.minutes
     if not 0 < minutes < 1e7:
         raise ValueError(f"--minutes must be positive, got {minutes}")
+    if hasattr(args, "steps"):
+        raise ValueError("give --steps or --minutes, not both")
     if world.size > 1:
         raise ValueError("--minutes is for one process; give --steps")
     trial = Trainer(config, options, corpus, world)
+    if args.reference:
+        trial.model.use_ops(recurra.reference)
     times = []
     for _ in range(6):
         begin = time.perf_counter()

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 
+from recurra._files import shown
 from recurra.nn import MambaConfig
 from recurra.nn._config import check_fields
 
@@ -22,7 +23,7 @@ class LMConfig:
         norm_eps: added to the mean square in the norms.
         tie_embeddings: whether the head is the transposed embedding.
         residual_in_fp32: whether the residual stream of a 16-bit model is float32.
-        eos_token_id: the token that ends a text, where there is one.
+        eos_token_ids: tokens that end a text.
 
     Raises:
         ValueError: a value is of the wrong type or out of range.
@@ -35,7 +36,7 @@ class LMConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     residual_in_fp32: bool = True
-    eos_token_id: int | None = None
+    eos_token_ids: tuple = ()
 
     def __post_init__(self) -> None:
         check_fields(
@@ -44,8 +45,13 @@ class LMConfig:
             d_model=(1, 1 << 20),
             n_layers=(1, 4096),
             norm_eps=(0.0, 1.0),
-            eos_token_id=(0, self.vocab_size - 1 if isinstance(self.vocab_size, int) else 0),
         )
+        for token in self.eos_token_ids:
+            if type(token) is not int or not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"LMConfig: eos_token_ids must be from 0 to {self.vocab_size - 1}, "
+                    f"got {shown(token)}"
+                )
 
     def parameter_count(self) -> int:
         """Numbers in a model of this configuration, the tied head counted once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,7 @@ class _Sampler:
 
     def __init__(self, sampling: Sampling, rows: int, vocab_size: int, device: torch.device):
         self.sampling = sampling
-        seed = torch.seed() % (1 << 62) if sampling.seed is None else sampling.seed
+        seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
         self._random = [torch.Generator(device).manual_seed(seed + row) for row in range(rows)]
         self._seen: Tensor | None = None
         if sampling.repetition_penalty != 1:
@@ -83,7 +84,9 @@ class _Sampler:
     def probabilities(self, logits: Tensor, rows: list[int]) -> Tensor:
         """Of the next tokens, (len(rows), V), for logits of these rows of the batch."""
         chosen = self.sampling
-        logits = self._penalised(logits, rows) / chosen.temperature
+        logits = self._penalised(logits, rows)
+        # The largest becomes 0, which no temperature makes infinite.
+        logits = (logits - logits.amax(-1, keepdim=True)) / chosen.temperature
         return _probabilities(logits, chosen.top_k, chosen.top_p)
 
     def choose(self, logits: Tensor, rows: list[int]) -> Tensor:
@@ -172,7 +175,7 @@ def generate(
         max_tokens: new tokens of each sequence, at most.
         sampling: how tokens are chosen; the most likely ones by default.
         stop_tokens: end a sequence, and are not part of what is returned; the model's
-            eos_token_id when None.
+            eos_token_ids when None.
         on_token: called with the number of the sequence and each new token; the sequence ends
             when it returns True.
 
@@ -191,8 +194,7 @@ def generate(
         if prompt.min() < 0 or prompt.max() >= vocab:
             raise ValueError(f"generate: the tokens of prompt {i} must be from 0 to {vocab - 1}")
     if stop_tokens is None:
-        eos = model.config.eos_token_id
-        stop_tokens = () if eos is None else (eos,)
+        stop_tokens = model.config.eos_token_ids
     out: list[list[int]] = [[] for _ in given]
     if not given or max_tokens < 1:
         return out
@@ -276,7 +278,6 @@ def generate_text(
     Raises:
         ValueError: a text is empty.
     """
-    decoders = [tokenizer.decoder() for _ in prompts]
     filters = [_UntilStop(stop) for _ in prompts]
     pieces: list[list[str]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
@@ -295,6 +296,7 @@ def generate_text(
         return ended[row]
 
     tokens = [tokenizer.encode(prompt) for prompt in prompts]
+    decoders = [tokenizer.decoder(encoded) for encoded in tokens]
     for i, encoded in enumerate(tokens):
         if not encoded:
             raise ValueError(f"generate: prompt {i} must hold at least one token")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -90,8 +91,11 @@ class LM(nn.Module):
 
     def use_ops(self, ops: object) -> None:
         """Computes with the functions of another namespace, such as ``recurra.reference``."""
+        # The functions alone: a module cannot be copied with the model.
+        names = (name for name in vars(ops) if callable(getattr(ops, name)))
+        chosen = SimpleNamespace(**{name: getattr(ops, name) for name in names})
         for block in self.layers:
-            block.mixer.ops = ops
+            block.mixer.ops = chosen
 
     def forward(
         self,
@@ -181,8 +185,8 @@ class LM(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json and model.safetensors, which transformers loads as MambaForCausalLM.
 
-        Files are written beside their final names and renamed, so that an interrupted call leaves
-        those of before.
+        Each is written beside its final name and renamed, the configuration last: an interrupted
+        call leaves whole files, but over another model perhaps one of each.
 
         Raises:
             OSError: the folder cannot be written.

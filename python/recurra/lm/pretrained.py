@@ -21,6 +21,7 @@ from recurra.nn import MambaConfig
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 
 # Our names by those of transformers' MambaConfig, whose defaults a config.json may leave out.
 _FIELDS = {
@@ -30,7 +31,6 @@ _FIELDS = {
     "layer_norm_epsilon": ("norm_eps", 1e-5),
     "tie_word_embeddings": ("tie_embeddings", True),
     "residual_in_fp32": ("residual_in_fp32", True),
-    "eos_token_id": ("eos_token_id", 0),
 }
 _MIXER_FIELDS = {
     "state_size": ("d_state", 16),
@@ -61,14 +61,16 @@ def config_from_dict(values: dict[str, Any]) -> LMConfig:
     if mixer["dt_rank"] == "auto":
         mixer["dt_rank"] = None
     rest = take(_FIELDS)
-    # A list of tokens that end a text: any of them does, the first one is kept.
-    if isinstance(rest["eos_token_id"], list):
-        rest["eos_token_id"] = rest["eos_token_id"][0] if rest["eos_token_id"] else None
+    ends = _end_tokens(values.get("eos_token_id", 0), rest["vocab_size"])
+    return LMConfig(mixer=MambaConfig(**mixer), eos_token_ids=ends, **rest)
+
+
+def _end_tokens(given: Any, vocab: Any) -> tuple:
+    tokens = given if isinstance(given, list) else [] if given is None else [given]
     # Generic files name a token that a small vocabulary does not have.
-    eos, vocab = rest["eos_token_id"], rest["vocab_size"]
-    if type(eos) is int and type(vocab) is int and not 0 <= eos < vocab:
-        rest["eos_token_id"] = None
-    return LMConfig(mixer=MambaConfig(**mixer), **rest)
+    return tuple(
+        t for t in tokens if type(t) is not int or type(vocab) is not int or 0 <= t < vocab
+    )
 
 
 def config_to_dict(config: LMConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -76,6 +78,8 @@ def config_to_dict(config: LMConfig, dtype: torch.dtype) -> dict[str, Any]:
     values = {theirs: getattr(config, ours) for theirs, (ours, _) in _FIELDS.items()}
     values |= {theirs: getattr(config.mixer, ours) for theirs, (ours, _) in _MIXER_FIELDS.items()}
     values["time_step_rank"] = config.mixer.dt_rank or "auto"
+    ends = config.eos_token_ids
+    values["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0] if ends else None
     return {
         "architectures": ["MambaForCausalLM"],
         "model_type": "mamba",
@@ -101,6 +105,10 @@ def read_config(folder: Path) -> LMConfig:
         raise FileNotFoundError(errno.ENOENT, "no such folder", str(folder))
     path = folder / "config.json"
     values = _files.read_json(path)
+    # As in transformers, what is said there about generation comes first.
+    if (folder / GENERATION).is_file():
+        said = _files.read_json(folder / GENERATION)
+        values = values | {k: said[k] for k in ("eos_token_id",) if said.get(k) is not None}
     try:
         return config_from_dict(values)
     except ValueError as error:

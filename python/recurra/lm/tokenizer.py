@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -24,7 +24,7 @@ class Tokenizer(Protocol):
 
     def decode(self, tokens: list[int]) -> str: ...
 
-    def decoder(self) -> StreamDecoder: ...
+    def decoder(self, before: Sequence[int] = ()) -> StreamDecoder: ...
 
 
 class StreamDecoder(Protocol):
@@ -48,7 +48,7 @@ class ByteTokenizer:
     def decode(self, tokens: list[int]) -> str:
         return bytes(tokens).decode("utf-8", errors="replace")
 
-    def decoder(self) -> StreamDecoder:
+    def decoder(self, before: Sequence[int] = ()) -> StreamDecoder:
         return _ByteDecoder()
 
 
@@ -81,6 +81,9 @@ class JsonTokenizer:
         self.path = path
         with self._errors("is not a tokenizer"):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            # Meant for training on single sentences; kept in the file, they would cut every text.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
             tokens = self._tokenizer.get_vocab(with_added_tokens=True).values()
         # Not how many there are: a file may leave numbers out.
         self.vocab_size = max(tokens, default=-1) + 1
@@ -106,18 +109,18 @@ class JsonTokenizer:
         """The number of a token by its name, such as ``<|endoftext|>``."""
         return self._tokenizer.token_to_id(token)
 
-    def decoder(self) -> StreamDecoder:
-        return _JsonDecoder(self)
+    def decoder(self, before: Sequence[int] = ()) -> StreamDecoder:
+        return _JsonDecoder(self, before)
 
 
 class _JsonDecoder:
     """Decodes the tokens since the last certain text, with a few before them, which decide about
-    spaces."""
+    spaces: of the text that is continued at first."""
 
-    def __init__(self, tokenizer: JsonTokenizer):
+    def __init__(self, tokenizer: JsonTokenizer, before: Sequence[int]):
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._known = 0  # tokens whose text has been given out
+        self._tokens = list(before[-8:])
+        self._known = len(self._tokens)  # tokens whose text has been given out
 
     def push(self, token: int) -> str:
         self._tokens.append(token)

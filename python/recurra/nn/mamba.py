@@ -98,7 +98,7 @@ class Mamba(nn.Module):
         self.A_log = nn.Parameter(torch.empty(D, N))
         self.D = nn.Parameter(torch.empty(D))
         self.out_proj = nn.Linear(D, d_model, bias=config.bias)
-        self._A_of_steps: tuple[Tensor, int, Tensor] | None = None
+        self._A_of_steps: tuple[Tensor, Tensor] | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -138,14 +138,14 @@ class Mamba(nn.Module):
         return -torch.exp(self.A_log.float() if self.A_log.dtype.itemsize == 2 else self.A_log)
 
     def _A_for_step(self) -> Tensor:
-        # A twentieth of the time of a step, so it is kept while the parameter stays as it is.
-        A_log = self.A_log
-        if A_log.is_inference():  # has no version
+        # A twentieth of the time of a step, so it is kept beside a copy of what it was made of:
+        # neither identity nor version of a parameter tells of every change, such as an optimizer's.
+        A_log, kept = self.A_log.detach(), self._A_of_steps
+        if not A_log.is_cpu:  # comparing would wait for the device
             return self._A()
-        kept = self._A_of_steps
-        if kept is None or kept[0] is not A_log or kept[1] != A_log._version:
-            kept = self._A_of_steps = A_log, A_log._version, self._A()
-        return kept[2]
+        if kept is None or kept[0].dtype != A_log.dtype or not torch.equal(kept[0], A_log):
+            kept = self._A_of_steps = A_log.clone(), self._A()
+        return kept[1]
 
     def forward(
         self, x: Tensor, state: MambaState | None = None, *, cu_seqlens: Tensor | None = None

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recurra import _files
 from recurra.lm.tokenizer import JsonTokenizer, Tokenizer
 
 # Files that are mapped at the same time.
@@ -207,6 +208,15 @@ def tokenize(
     return TokenFile(path, dtype)
 
 
+def _sample(tokens: Tokens, cut: int = 0) -> str:
+    """A digest of the length, a place and tokens here and there."""
+    digest = hashlib.sha256(f"{len(tokens)} {cut}\n".encode())
+    count = min(4096, len(tokens))
+    for place in np.linspace(0, len(tokens) - count, 64).astype(int):
+        digest.update(tokens.read(int(place), count).tobytes())
+    return digest.hexdigest()
+
+
 class Corpus:
     """Tokens to train on and tokens to validate on.
 
@@ -218,6 +228,10 @@ class Corpus:
         fraction: of the text to validate on, at most 4 MiB.
         folder: for the token files of a tokenizer that is not bytes. Must be there.
         make: whether to write the token files, or read those that another process wrote.
+
+    Attributes:
+        train, valid: the tokens.
+        train_bytes, valid_bytes: the bytes that they are made of.
     """
 
     def __init__(
@@ -236,20 +250,30 @@ class Corpus:
             cut -= min(int(fraction * len(text)), 4 << 20)
         self.train_bytes = cut
         self.valid_bytes = len(held_out) if held_out is not None else len(text) - cut
+        self.tokenizer, self.end = tokenizer, end
         valid_text, valid_start = (held_out, 0) if held_out is not None else (text, cut)
         if not isinstance(tokenizer, JsonTokenizer):
             self.train: Tokens = Part(text, 0, cut)
             self.valid: Tokens = Part(valid_text, valid_start, len(valid_text))
             return
+        parts = {"train": (text, 0, cut), "valid": (valid_text, valid_start, len(valid_text))}
+        dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
         if make:
-            self.train = tokenize(text, 0, cut, tokenizer, end, folder / "train.bin")
-            self.valid = tokenize(
-                valid_text, valid_start, len(valid_text), tokenizer, end, folder / "valid.bin"
-            )
-        else:
-            dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-            self.train = TokenFile(folder / "train.bin", dtype)
-            self.valid = TokenFile(folder / "valid.bin", dtype)
+            # A run that goes on need not tokenize again what lies there.
+            made_of = {
+                "tokenizer": hashlib.sha256(tokenizer.path.read_bytes()).hexdigest(),
+                "end": end,
+                "text": [_sample(text, cut), _sample(valid_text, valid_start)],
+            }
+            about = folder / "about.json"
+            files = [folder / f"{name}.bin" for name in parts]
+            if not (about.is_file() and _files.read_json(about) == made_of):
+                about.unlink(missing_ok=True)
+                for path, part in zip(files, parts.values(), strict=True):
+                    # Another process may have mapped the tokens of before.
+                    _files.replace(path, functools.partial(tokenize, *part, tokenizer, end))
+                _files.replace(about, lambda path: _files.write_json(path, made_of))
+        self.train, self.valid = (TokenFile(folder / f"{name}.bin", dtype) for name in parts)
 
     def check(self, length: int) -> None:
         """Raises ValueError where the text is too short for sequences of ``length``."""
@@ -267,13 +291,7 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """The same for the same text, without reading all of it."""
-        digest = hashlib.sha256()
-        for tokens in (self.train, self.valid):
-            count = min(4096, len(tokens))
-            digest.update(f"{len(tokens)}\n".encode())
-            for place in np.linspace(0, len(tokens) - count, 64).astype(int):
-                digest.update(tokens.read(int(place), count).tobytes())
-        return digest.hexdigest()
+        return _sample(self.train) + _sample(self.valid)
 
 
 # ---- batches ------------------------------------------------------------------------------------

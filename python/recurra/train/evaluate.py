@@ -51,7 +51,7 @@ def evaluate(
     tokenizer: Tokenizer,
     text: Bytes,
     *,
-    chunk: int = 4096,
+    chunk: int = 1024,
     max_tokens: int | None = None,
 ) -> Evaluation:
     """Reads a text once, the state carried from chunk to chunk.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 from pathlib import Path
@@ -78,8 +79,10 @@ class Log:
 def _tensorboard(folder: Path, step: int) -> Any:
     if not importlib.util.find_spec("tensorboard"):
         return None
-    from torch.utils.tensorboard import SummaryWriter
-
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # installed, and broken
+        return None
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 
@@ -95,13 +98,19 @@ def draw(entries: list[dict[str, Any]], path: Path) -> None:
     valid = [(e["step"], e["valid_bpb"]) for e in entries if "valid_bpb" in e]
     if train:
         steps, values = zip(*train, strict=True)
-        axes.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
+        thin = max(1, len(values) // 20_000)
+        axes.plot(steps[::thin], values[::thin], color="tab:blue", alpha=0.3, linewidth=0.8)
         window = max(1, len(values) // 50)
-        smooth, ends = [], []
-        for end in range(window, len(values) + 1):
-            smooth.append(sum(values[end - window : end]) / window)
-            ends.append(steps[end - 1])
-        axes.plot(ends, smooth, color="tab:blue", label=f"training, mean of {window}")
+        sums = [0.0, *itertools.accumulate(values)]
+        # No more points than the picture has columns.
+        ends = range(window, len(values) + 1, max(1, len(values) // 2000))
+        smooth = [(sums[end] - sums[end - window]) / window for end in ends]
+        axes.plot(
+            [steps[end - 1] for end in ends],
+            smooth,
+            color="tab:blue",
+            label=f"training, mean of {window}",
+        )
     if valid:
         axes.plot(*zip(*valid, strict=True), "o-", color="tab:orange", label="validation")
         axes.annotate(f"{valid[-1][1]:.3f}", valid[-1], xytext=(4, 6), textcoords="offset points")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 KINDS = ("ddp", "fsdp")
+
+
+class Shared(RuntimeError):
+    """An error that every process meets, so that one of them need say it."""
 
 
 class World:
@@ -40,7 +45,10 @@ class World:
             self.device = torch.device("cuda", local)
         self._own_group = self.size > 1 and not dist.is_initialized()
         if self._own_group:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # One process may tokenize for long while the others wait.
+            dist.init_process_group(
+                "nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=6)
+            )
 
     @property
     def leads(self) -> bool:
@@ -117,7 +125,7 @@ class World:
         if failed is not None:
             raise failed
         if failures:
-            raise RuntimeError("the first process failed; it says why")
+            raise Shared("the first process failed; it says why")
 
     def close(self) -> None:
         """Leaves the group that this object made."""

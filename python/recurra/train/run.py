@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -20,18 +21,21 @@ from recurra.train.trainer import NonFiniteLoss, Trainer
 class Interrupt:
     """Whether Ctrl-C or a request to end came; a second Ctrl-C ends at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, show: bool) -> None:
         self.signal = 0
+        self._show = show
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
+        if self._show:  # not through buffers that the interrupted code may hold
+            os.write(2, b"\nfinishing this step, then saving; again ends at once\n")
 
 
 @contextlib.contextmanager
-def _catch_signals() -> Iterator[Interrupt]:
-    interrupt = Interrupt()
+def _catch_signals(show: bool) -> Iterator[Interrupt]:
+    interrupt = Interrupt(show)
     # Python hands signals to the main thread alone.
     main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
@@ -77,6 +81,8 @@ def run(
         nonlocal saved
         if saved == trainer.step:
             return
+        # A step may end with weights that no longer give a loss: the checkpoint before is better.
+        trainer.check_loss()
         if log:
             log.sync()
         state.save(trainer, folder, text, vocabulary, **(notes or {}))
@@ -89,12 +95,24 @@ def run(
             progress.say(f"step {trainer.step}: validation {bpb:.4f} bits per byte")
             log.draw()
 
+    def validation_due() -> bool:
+        last = trainer.step == options.steps
+        if not (last or trainer.step % options.eval_every == 0):
+            return False
+        there = log and any(
+            e["step"] == trainer.step and "valid_bpb" in e for e in reversed(log.entries[-4:])
+        )
+        return not world.largest(bool(there))
+
     stopped = 0
     try:
-        with _catch_signals() as interrupt:
-            if trainer.step == 0:
+        with _catch_signals(world.leads) as interrupt:
+            # At the beginning, and where a run was stopped between a step and its validation.
+            if validation_due():
                 validate()
-            while trainer.step < options.steps:
+            # All processes stop at the same step, whichever of them was told to.
+            stopped = int(world.largest(interrupt.signal))
+            while trainer.step < options.steps and not stopped:
                 begin = time.perf_counter()
                 done = trainer.train_step()
                 seconds = time.perf_counter() - begin
@@ -109,20 +127,17 @@ def run(
                         tokens_per_second=rate,
                     )
                 progress.step(trainer.step, done.loss, rate)
-                # All processes stop at the same step, whichever of them was told to.
                 stopped = int(world.largest(interrupt.signal))
                 last = trainer.step == options.steps
-                if last or trainer.step % options.eval_every == 0:
-                    validate()
                 if stopped or last or trainer.step % options.save_every == 0:
                     save()
-                if stopped:
-                    if log:
-                        log.draw()
-                    progress.say(
-                        f"stopped and saved after step {trainer.step}; --resume goes on from there"
-                    )
-                    break
+                if not stopped and validation_due():
+                    validate()
+            if stopped:
+                what = f"saved after step {trainer.step}" if trainer.step else "nothing to save yet"
+                progress.say(f"stopped, {what}; --resume goes on from there")
+                if log:
+                    log.draw()
     except NonFiniteLoss as error:
         kept = checkpoint.newest(folder / state.FOLDER)
         where = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"

@@ -89,7 +89,7 @@ def resume(trainer: Trainer, folder: Path, text: str) -> None:
     weights = dict(saved.named_parameters())
     try:
         with _files.open_tensors(folder / TENSORS) as file, torch.no_grad():
-            _restore(trainer, weights, file, manifest["step"])
+            _restore(trainer, folder, weights, file, manifest["step"])
         _restore_random(about["random"])
     except CheckpointError:
         raise
@@ -149,7 +149,9 @@ def _carried(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
                 yield f"carried.{micro}.{layer}.{field}", x
 
 
-def _restore(trainer: Trainer, weights: dict[str, Tensor], file: Any, step: int) -> None:
+def _restore(
+    trainer: Trainer, folder: Path, weights: dict[str, Tensor], file: Any, step: int
+) -> None:
     found = _files.tensor_shapes(file)
     parameters = dict(trainer.model.named_parameters())
     wanted = {f"{m}.{name}": tuple(p.shape) for name, p in parameters.items() for m in _MOMENTS}
@@ -165,26 +167,34 @@ def _restore(trainer: Trainer, weights: dict[str, Tensor], file: Any, step: int)
     if trainer.world.device.type == "cuda" and "random.cuda" in found:
         torch.cuda.set_rng_state(file.get_tensor("random.cuda").clone(), trainer.world.device)
     if trainer.options.carry and not trainer.batches.begins(step + 1):
+        before = options(folder)
+        for name in ("carry", "length", "batch", "accumulate", "precision"):
+            was, now = getattr(before, name), getattr(trainer.options, name)
+            if was != now:
+                raise CheckpointError(
+                    f"{folder}: its sequences go on with their states, so that {name} must stay "
+                    f"{was}, got {now}"
+                )
         _restore_carried(trainer, file, found)
 
 
 def _restore_carried(trainer: Trainer, file: Any, found: dict[str, Any]) -> None:
-    options, world = trainer.options, trainer.world
-    rows = options.batch // options.accumulate
+    count, world = trainer.options.accumulate, trainer.world
+    rows = trainer.options.batch // count
     model = trainer.model
     carried = {k: v for k, v in found.items() if k.startswith("carried.")}
-    count = options.accumulate * model.config.n_layers * len(MambaState._fields)
-    if len(carried) != count:  # before names are made of a number that the file may have invented
-        raise CheckpointError(f"{TENSORS}: must have {count} carried states, got {len(carried)}")
+    states = count * model.config.n_layers * len(MambaState._fields)
+    if len(carried) != states:  # before names are made of a number that the file may have invented
+        raise CheckpointError(f"{TENSORS}: must have {states} carried states, got {len(carried)}")
     wanted = {
         f"carried.{micro}.{layer}.{field}": (rows, *x.shape[1:])
-        for micro in range(options.accumulate)
+        for micro in range(count)
         for layer, s in enumerate(model.initial_state(1))
         for field, x in zip(s._fields, s, strict=True)
     }
     _files.compare(Path(TENSORS), wanted, carried)
     mine = world.rows(rows)
-    for micro in range(options.accumulate):
+    for micro in range(count):
         trainer.carried[micro] = [
             MambaState(
                 *(

@@ -19,7 +19,7 @@ from recurra.train.data import Batches, Corpus
 from recurra.train.options import TrainOptions
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(parallel.Shared):
     """The loss or the gradient of a step is not a number."""
 
 
@@ -137,13 +137,21 @@ class Trainer:
         self.step = step
         return Step(total, norm, lr)
 
-    @torch.no_grad()
+    def check_loss(self) -> None:
+        """Raises NonFiniteLoss where the parameters no longer give a loss."""
+        self._valid_loss(1)
+
     def validate(self) -> float:
         """Bits per byte on the held-out text: the same places every time.
 
         Raises:
             NonFiniteLoss: it is not finite.
         """
+        return self.bits_per_byte(self._valid_loss(self.options.eval_batches))
+
+    @torch.no_grad()
+    def _valid_loss(self, batches: int) -> float:
+        """Nats per token in the first batches of the validation."""
         options = self.options
         self._call.eval()
         valid = self.corpus.valid
@@ -151,17 +159,17 @@ class Trainer:
         last = len(valid) - options.length - 1
         places = np.linspace(0, last, count).astype(int).tolist()
         total = 0.0
-        for n in range(options.eval_batches):
+        for n in range(batches):
             mine = [places[n * options.batch + row] for row in self.world.rows(options.batch)]
             read = [valid.read(place, options.length + 1) for place in mine]
             both = torch.from_numpy(np.stack(read)).to(self.world.device)
             with self._autocast():
                 logits, _ = self._call(both[:, :-1])
                 total += self._loss(logits, both[:, 1:]).item()
-        (mean,) = self.world.mean(total / options.eval_batches)
+        (mean,) = self.world.mean(total / batches)
         if not math.isfinite(mean):
             raise NonFiniteLoss(f"the validation loss after step {self.step} is {mean}")
-        return self.bits_per_byte(mean)
+        return mean
 
     def bits_per_byte(self, loss: float) -> float:
         """From nats per token."""
