@@ -309,10 +309,9 @@ def test_what_cannot_be_resumed_is_said(root, tmp_path):
     wider = dataclasses.replace(crash.CONFIG, d_model=9)
     with pytest.raises(CheckpointError, match="holds a model of another configuration"):
         state.resume(crash.trainer(wider), folder, "text")
-    with pytest.raises(CheckpointError, match="must have 4 carried states, got 8"):
+    with pytest.raises(CheckpointError, match="accumulate must stay 2, got 1"):
         state.resume(crash.trainer(accumulate=1), folder, "text")
-    shapes = r"carried.0.0.conv must have shape \(4, 3, 16\), got \(2, 3, 16\); carried.0.0.ssm"
-    with pytest.raises(CheckpointError, match=shapes):
+    with pytest.raises(CheckpointError, match="batch must stay 4, got 8"):
         state.resume(crash.trainer(batch=8), folder, "text")
 
 
