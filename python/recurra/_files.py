@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 from collections.abc import Iterator
@@ -39,8 +40,6 @@ def extra(name: str, purpose: str) -> Any:
     Raises:
         RuntimeError: it is not installed; says what to install.
     """
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError as error:

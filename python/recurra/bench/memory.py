@@ -55,27 +55,21 @@ def _measure(shape: list[int]) -> tuple[int, int]:
 def _measure_model(batch: int, length: int) -> int:
     """Bytes at the peak of a step of the tiny model, its parameters and all else included."""
     import torch
-    import torch.nn.functional as F
 
     import recurra
+    from recurra.bench.models import training_step
 
-    def trainer():
+    def step(batch, length):
         model = recurra.LM("tiny")
-        return model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        tokens = torch.randint(0, 256, (batch, length + 1))
+        return training_step(model, lambda x: model(x)[0], tokens)
 
-    def step(model, optimizer, tokens):
-        loss = F.cross_entropy(model(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step(*trainer(), torch.randint(0, 256, (1, 17)))
+    step(1, 16)()
     before = _status("VmRSS")
-    model, optimizer = trainer()
-    tokens = torch.randint(0, 256, (batch, length + 1))
+    run = step(batch, length)
     Path("/proc/self/clear_refs").write_text("5")
     for _ in range(3):
-        step(model, optimizer, tokens)
+        run()
     return _status("VmHWM") - before
 
 

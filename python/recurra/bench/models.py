@@ -41,7 +41,9 @@ class _Identity:
         return u, h0
 
 
-def _step(model: torch.nn.Module, logits: Callable, tokens: torch.Tensor) -> Callable[[], None]:
+def training_step(
+    model: torch.nn.Module, logits: Callable, tokens: torch.Tensor
+) -> Callable[[], None]:
     """Forward, backward and a step of the optimizer."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()
@@ -84,8 +86,8 @@ def train(with_peers: bool) -> list[Measured]:
     bare.use_ops(_Identity)
     tokens = torch.randint(0, config.vocab_size, (_BATCH, _LENGTH + 1))
     runs = {
-        "ours": _step(model, lambda x: model(x)[0], tokens),
-        "identity": _step(bare, lambda x: bare(x)[0], tokens),
+        "ours": training_step(model, lambda x: model(x)[0], tokens),
+        "identity": training_step(bare, lambda x: bare(x)[0], tokens),
     }
     D, _ = config.mixer.sizes(config.d_model)
     shape = (_BATCH, D, _LENGTH)
@@ -95,8 +97,7 @@ def train(with_peers: bool) -> list[Measured]:
         runs[op] = built.runs["recurra"]
     absent = ""
     if with_peers:
-        options = {"use_mambapy": True}
-        peer = _transformers(model, torch.float32, **options)
+        peer = _transformers(model, torch.float32, use_mambapy=True)
         if isinstance(peer, str):
             absent = peer
         elif importlib.util.find_spec("mambapy") is None:
@@ -104,7 +105,7 @@ def train(with_peers: bool) -> list[Measured]:
         else:
             with torch.no_grad():
                 _check(model(tokens[:, :64])[0], peer(tokens[:, :64]).logits)
-            runs["transformers"] = _step(peer.train(), lambda x: peer(x).logits, tokens)
+            runs["transformers"] = training_step(peer.train(), lambda x: peer(x).logits, tokens)
     times, _ = interleave(runs, {}, _ROUNDS)
     seconds = {name: t.median for name, t in times.items()}
     ops = config.n_layers * (seconds["selective_scan"] + seconds["causal_conv1d"])

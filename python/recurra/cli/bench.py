@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
+
+from recurra.cli import _common
 
 _BENCH = """\
     Every shape is first verified against float64. Then the op, its transposed and bfloat16
@@ -39,12 +40,13 @@ def _repeat(text: str) -> int:
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
-    bench = commands.add_parser(
+    bench = _common.add_command(
+        commands,
         "bench",
+        run,
+        _BENCH,
         help="verify, then time the ops beside this machine's floor and their peers",
         description="Times the ops beside the floor of this machine.",
-        epilog=textwrap.dedent(_BENCH),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     bench.add_argument("cases", nargs="*", metavar="CASE", help="part of a name; default: all")
     bench.add_argument("--list", action="store_true", help="print the names of the cases")
@@ -69,7 +71,6 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     )
     bench.add_argument("--json", metavar="FILE", help="also write the results there")
     bench.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
-    bench.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
+
+from recurra.cli import _common
 
 _EPILOG = """\
     The text is read once, from the first token to the last, with the state carried all the way,
@@ -16,41 +17,29 @@ _EPILOG = """\
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
-    from recurra.cli._model import add_model_options
-
-    parser = commands.add_parser(
+    parser = _common.add_command(
+        commands,
         "eval",
+        run,
+        _EPILOG,
         help="bits per byte of a text under a trained model",
         description="Measures how well a trained model predicts a text.",
-        epilog=textwrap.dedent(_EPILOG),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_model_options(parser)
+    _common.add_model_options(parser)
+    _common.add_data_option(parser)
     add = parser.add_argument
-    add(
-        "--data",
-        nargs="+",
-        metavar="PATH",
-        default=[],
-        help="text files, folders or patterns; default: the Python standard library",
-    )
     add("--chunk", type=int, default=1024, metavar="N", help="tokens at once; default: %(default)s")
     add("--max-tokens", type=int, metavar="N", help="read only so many")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from recurra.cli import _model
     from recurra.train.data import open_text
     from recurra.train.evaluate import evaluate
 
-    for name in ("chunk", "max_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    _model.set_threads(args.threads)
+    _common.check_at_least_one(args, "chunk", "max_tokens")
+    _common.set_threads(args)
     text = open_text(args.data)
-    model, tokenizer = _model.load(args.model, args.dtype, args.tokenizer)
+    model, tokenizer = _common.load(args.model, args.dtype, args.tokenizer)
     result = evaluate(model, tokenizer, text, chunk=args.chunk, max_tokens=args.max_tokens)
     print(
         f"{result.bits_per_byte:.4f} bits per byte, perplexity {result.perplexity:.4g} per token, "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
 import time
 from pathlib import Path
+
+from recurra.cli import _common
 
 _EPILOG = """\
     The text appears as it is made. Several prompts, of any lengths, are continued together and
@@ -22,16 +23,15 @@ _EPILOG = """\
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
-    from recurra.cli._model import add_model_options
-
-    parser = commands.add_parser(
+    parser = _common.add_command(
+        commands,
         "generate",
+        run,
+        _EPILOG,
         help="continue text with a trained model",
         description="Continues text with a trained model.",
-        epilog=textwrap.dedent(_EPILOG),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_model_options(parser)
+    _common.add_model_options(parser)
     add = parser.add_argument
     add("--prompt", action="append", metavar="TEXT", help="what to continue; may be repeated")
     add("--prompt-file", action="append", default=[], metavar="FILE", help="the same, from a file")
@@ -54,11 +54,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     add("--stop", action="append", default=[], metavar="TEXT", help="ends the text; \\n is a line")
     add("--seed", type=int, metavar="N", help="makes it repeatable")
     add("--tokens-per-second", action="store_true", help="say how fast it was")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from recurra.cli import _model
     from recurra.lm import Sampling, generate_text
 
     sampling = Sampling(
@@ -68,12 +66,11 @@ def run(args: argparse.Namespace) -> int:
         top_p=args.top_p,
         seed=args.seed,
     )
-    if args.max_tokens < 1:
-        raise ValueError(f"--max-tokens must be at least 1, got {args.max_tokens}")
-    _model.set_threads(args.threads)
+    _common.check_at_least_one(args, "max_tokens")
+    _common.set_threads(args)
     prompts = list(args.prompt or [])
     prompts += [Path(name).read_text(errors="surrogateescape") for name in args.prompt_file]
-    model, tokenizer = _model.load(args.model, args.dtype, args.tokenizer)
+    model, tokenizer = _common.load(args.model, args.dtype, args.tokenizer)
     prompts = prompts or ["\n"]
     stop = [s.replace("\\n", "\n") for s in args.stop]
     out = sys.stdout

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 
+from recurra.cli import _common
+
 
 def add_to(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
+    _common.add_command(
+        commands,
         "info",
+        run,
         help="version, instruction set, threads, CUDA, which library loaded or why not",
         description="Prints what is installed, loaded and in use, or why not.",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

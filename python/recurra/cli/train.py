@@ -6,9 +6,10 @@ import argparse
 import dataclasses
 import os
 import sys
-import textwrap
 import time
 from pathlib import Path
+
+from recurra.cli import _common
 
 _EPILOG = """\
     RUN is a folder. In it appear log.jsonl (a line for every step), loss.png, checkpoints/, each
@@ -24,8 +25,7 @@ _EPILOG = """\
       recurra train runs/mine --data book.txt notes/ 'corpus/**/*.md' --steps 5000
       recurra train runs/bpe --data corpus/ --tokenizer tokenizer.json --config small
       recurra train runs/long --carry --length 256   state carried from step to step
-      recurra train runs/tuned --init mamba-130m-hf --tokenizer mamba-130m-hf/tokenizer.json \\
-          --data notes/ --lr 1e-4
+      recurra train runs/tuned --init mamba-130m-hf --data notes/ --lr 1e-4
       torchrun --nproc-per-node 2 -m recurra train runs/both --batch 8
 """
 
@@ -34,12 +34,13 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     from recurra.train.options import PRECISIONS, TrainOptions
     from recurra.train.parallel import KINDS
 
-    parser = commands.add_parser(
+    parser = _common.add_command(
+        commands,
         "train",
+        run,
+        _EPILOG,
         help="train a language model on text, resume it",
         description="Trains a language model on text.",
-        epilog=textwrap.dedent(_EPILOG),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("folder", metavar="RUN", help="the folder of the run")
@@ -55,14 +56,12 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         help="tiny (default), small, mamba-130m, mamba-370m, "
         "mamba-790m, mamba-1.4b, mamba-2.8b, or a config.json",
     )
-    add("--init", metavar="FOLDER", help="begin with the weights of this checkpoint")
     add(
-        "--data",
-        nargs="+",
-        metavar="PATH",
-        default=[],
-        help="text files, folders or patterns; default: the Python standard library",
+        "--init",
+        metavar="FOLDER",
+        help="begin with the weights, and the tokenizer, of this checkpoint or run",
     )
+    _common.add_data_option(parser)
     add(
         "--valid-data",
         nargs="+",
@@ -70,7 +69,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         default=[],
         help="text to validate on; default: the last 5 %% of the data, at most 4 MiB",
     )
-    add("--tokenizer", metavar="FILE", help="a tokenizer.json; default: tokens are bytes")
+    add("--tokenizer", metavar="FILE", help="a tokenizer.json; default: that of --init, or bytes")
     add(
         "--minutes",
         type=float,
@@ -115,7 +114,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         help="sequences go on where they stopped, with their state; default: random places",
     )
     machine = parser.add_argument_group("where")
-    machine.add_argument("--threads", type=int, metavar="N", help="threads of this process")
+    _common.add_threads_option(machine)
     machine.add_argument("--device", help="cpu or cuda; default: cpu")
     machine.add_argument(
         "--parallel", choices=KINDS, default="ddp", help="under torchrun; default: %(default)s"
@@ -125,19 +124,13 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="compute with recurra.reference, in plain torch: far slower, to compare",
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
     from recurra.train import checkpoint
     from recurra.train.parallel import Shared, World
 
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {args.threads}")
-        torch.set_num_threads(args.threads)
+    _common.set_threads(args)
     folder = Path(args.folder)
     world = World(args.parallel, args.device)
     try:
@@ -162,7 +155,6 @@ def _run(args: argparse.Namespace, folder: Path, world) -> int:
     import torch
 
     import recurra
-    from recurra.cli import _model
     from recurra.lm.config import LMConfig
     from recurra.train import Trainer, TrainOptions, checkpoint, state
     from recurra.train.log import PICTURE
@@ -188,22 +180,24 @@ def _run(args: argparse.Namespace, folder: Path, world) -> int:
             f"{folder} holds a run already: --resume goes on with it, another folder begins anew"
         )
 
+    # Found once: a checkpoint is read whole to see that it is.
+    source = _common.find(args.init) if args.init and before is None else None
     if before is not None:
         data, valid_data = state.sources(before)
         args.data, args.valid_data = args.data or data, args.valid_data or valid_data
-    tokenizer_file = _tokenizer_file(args, before)
+    tokenizer_file = _tokenizer_file(args, before or source)
     corpus = _corpus(args, folder, world, tokenizer_file)
     if before is not None:
         from recurra.lm import pretrained
 
         options = dataclasses.replace(state.options(before), **given)
         config: LMConfig = pretrained.check(before)[0]
-        if args.config and _config(args, corpus) != config:
+        if args.config and _config(args, None, corpus) != config:
             raise ValueError(f"{before} holds another model than --config {args.config}")
         if args.minutes is not None:
             say("--minutes counts at the beginning of a run; it is left alone now")
     else:
-        config = _config(args, corpus)
+        config = _config(args, source, corpus)
         options = TrainOptions(**given)
         if args.minutes is not None:
             steps = _steps_in(args, config, options, corpus, world)
@@ -218,8 +212,8 @@ def _run(args: argparse.Namespace, folder: Path, world) -> int:
     if before is not None:
         state.resume(trainer, before, text)
         say(f"goes on from {before}")
-    elif args.init:
-        _begin_with(trainer, _model.find(args.init))
+    elif source is not None:
+        trainer.load_weights(recurra.LM.from_pretrained(source))
     say(
         f"{config.parameter_count():,} parameters, {len(corpus.train):,} tokens to train on, "
         f"{len(corpus.valid):,} to validate on, steps {trainer.step} to {options.steps}, "
@@ -231,7 +225,10 @@ def _run(args: argparse.Namespace, folder: Path, world) -> int:
     if stopped:
         return 128 + stopped
     picture = folder / PICTURE
-    say(f"done; {checkpoint.newest(root)}" + (f", {picture}" if picture.is_file() else ""))
+    say(
+        f"done; {root / checkpoint.name(trainer.step)}"
+        + (f", {picture}" if picture.is_file() else "")
+    )
     return 0
 
 
@@ -245,16 +242,13 @@ def _absolute(names: list[str]) -> list[str]:
     return paths
 
 
-def _tokenizer_file(args: argparse.Namespace, before: Path | None) -> Path | None:
-    from recurra.cli import _model
+def _tokenizer_file(args: argparse.Namespace, checkpoint: Path | None) -> Path | None:
     from recurra.lm.tokenizer import FILE
 
     if args.tokenizer:
         return Path(args.tokenizer)
-    if before is None and args.init:
-        before = _model.find(args.init)
-    if before is not None and (before / FILE).is_file():
-        return before / FILE
+    if checkpoint is not None and (checkpoint / FILE).is_file():
+        return checkpoint / FILE
     return None
 
 
@@ -283,18 +277,17 @@ def _corpus(args: argparse.Namespace, folder: Path, world, file: Path | None):
     return corpus(False)
 
 
-def _config(args: argparse.Namespace, corpus):
+def _config(args: argparse.Namespace, source: Path | None, corpus):
     from recurra import _files
-    from recurra.cli import _model
     from recurra.lm import CONFIGS, pretrained
     from recurra.lm.tokenizer import check_vocabulary
 
     name = args.config or "tiny"
     tokenizer = corpus.tokenizer
-    if args.init:
+    if source is not None:
         if args.config:
             raise ValueError("--init brings its own configuration; leave --config out")
-        config = pretrained.read_config(_model.find(args.init))
+        config = pretrained.read_config(source)
     elif name in CONFIGS:
         # The vocabulary is the tokenizer's, but for the few tokens that published models pad it by.
         config, size = CONFIGS[name], tokenizer.vocab_size
@@ -313,18 +306,6 @@ def _config(args: argparse.Namespace, corpus):
             f"the model has {config.vocab_size} tokens, which are not bytes: give its --tokenizer"
         )
     return config
-
-
-def _begin_with(trainer, folder: Path) -> None:
-    import torch
-
-    from recurra.lm import LM
-    from recurra.train.parallel import like
-
-    weights = dict(LM.from_pretrained(folder).named_parameters())
-    with torch.no_grad():
-        for name, p in trainer.model.named_parameters():
-            p.copy_(like(p, weights[name].to(p.dtype)))
 
 
 def _steps_in(args: argparse.Namespace, config, options, corpus, world) -> int:

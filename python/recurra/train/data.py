@@ -192,11 +192,15 @@ def _pieces(text: Bytes, start: int, stop: int) -> Iterator[bytes]:
         start += len(piece)
 
 
+def _token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+
 def tokenize(
     text: Bytes, start: int, stop: int, tokenizer: Tokenizer, end: int | None, path: Path
 ) -> TokenFile:
     """Writes the tokens of a part of a text to a file, a token ``end`` behind every file."""
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    dtype = _token_dtype(tokenizer)
     with open(path, "wb") as file:
         for begin, finish in text:
             begin, finish = max(begin, start), min(finish, stop)
@@ -231,7 +235,7 @@ class Corpus:
 
     Attributes:
         train, valid: the tokens.
-        train_bytes, valid_bytes: the bytes that they are made of.
+        valid_bytes: the bytes that ``valid`` is made of.
     """
 
     def __init__(
@@ -248,7 +252,6 @@ class Corpus:
         cut = len(text)
         if held_out is None:
             cut -= min(int(fraction * len(text)), 4 << 20)
-        self.train_bytes = cut
         self.valid_bytes = len(held_out) if held_out is not None else len(text) - cut
         self.tokenizer, self.end = tokenizer, end
         valid_text, valid_start = (held_out, 0) if held_out is not None else (text, cut)
@@ -257,7 +260,6 @@ class Corpus:
             self.valid: Tokens = Part(valid_text, valid_start, len(valid_text))
             return
         parts = {"train": (text, 0, cut), "valid": (valid_text, valid_start, len(valid_text))}
-        dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
         if make:
             # A run that goes on need not tokenize again what lies there.
             made_of = {
@@ -273,7 +275,9 @@ class Corpus:
                     # Another process may have mapped the tokens of before.
                     _files.replace(path, functools.partial(tokenize, *part, tokenizer, end))
                 _files.replace(about, lambda path: _files.write_json(path, made_of))
-        self.train, self.valid = (TokenFile(folder / f"{name}.bin", dtype) for name in parts)
+        self.train, self.valid = (
+            TokenFile(folder / f"{name}.bin", _token_dtype(tokenizer)) for name in parts
+        )
 
     def check(self, length: int) -> None:
         """Raises ValueError where the text is too short for sequences of ``length``."""

@@ -86,10 +86,10 @@ def resume(trainer: Trainer, folder: Path, text: str) -> None:
     saved = pretrained.load(folder)
     if saved.config != trainer.model.config:
         raise CheckpointError(f"{folder}: holds a model of another configuration")
-    weights = dict(saved.named_parameters())
     try:
         with _files.open_tensors(folder / TENSORS) as file, torch.no_grad():
-            _restore(trainer, folder, weights, file, manifest["step"])
+            _restore(trainer, folder, file, manifest["step"])
+            trainer.load_weights(saved)
         _restore_random(about["random"])
     except CheckpointError:
         raise
@@ -149,16 +149,13 @@ def _carried(trainer: Trainer) -> Iterator[tuple[str, Tensor]]:
                 yield f"carried.{micro}.{layer}.{field}", x
 
 
-def _restore(
-    trainer: Trainer, folder: Path, weights: dict[str, Tensor], file: Any, step: int
-) -> None:
+def _restore(trainer: Trainer, folder: Path, file: Any, step: int) -> None:
     found = _files.tensor_shapes(file)
     parameters = dict(trainer.model.named_parameters())
     wanted = {f"{m}.{name}": tuple(p.shape) for name, p in parameters.items() for m in _MOMENTS}
     moments = {k: v for k, v in found.items() if not k.startswith(("random.", "carried."))}
     _files.compare(Path(TENSORS), wanted, moments)
     for name, p in parameters.items():
-        p.copy_(parallel.like(p, weights[name]))
         trainer.optimizer.state[p] = {
             moment: parallel.like(p, file.get_tensor(f"{moment}.{name}").to(p.dtype, copy=True))
             for moment in _MOMENTS

@@ -87,6 +87,13 @@ class Trainer:
         self.step = 0
         self.carried: list[LMState | None] = [None] * options.accumulate
 
+    @torch.no_grad()
+    def load_weights(self, model: LM) -> None:
+        """Takes over the parameters of a model of the same configuration."""
+        weights = dict(model.named_parameters())
+        for name, p in self.model.named_parameters():
+            p.copy_(parallel.like(p, weights[name]))
+
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.options.precision != "bf16":
             return contextlib.nullcontext()

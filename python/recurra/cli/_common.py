@@ -1,9 +1,49 @@
-"""Which model a command is to use."""
+"""What the commands share: their parsers, options and checks, and which model they are to use."""
 
 from __future__ import annotations
 
+import argparse
 import errno
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
+
+
+def add_command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    epilog: str = "",
+    **words: str,
+) -> argparse.ArgumentParser:
+    """The parser of a command, whose epilog keeps its lines; ``words`` are help and description."""
+    parser = commands.add_parser(
+        name,
+        epilog=textwrap.dedent(epilog),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **words,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_data_option(parser: argparse.ArgumentParser) -> None:
+    """--data."""
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        default=[],
+        help="text files, folders or patterns; default: the Python standard library",
+    )
+
+
+def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError for an option that was given and is below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
 def find(name: str) -> Path:
@@ -54,13 +94,18 @@ def add_model_options(parser) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bf16", "float64"), help="default: as it is stored"
     )
+    add_threads_option(parser)
+
+
+def add_threads_option(parser) -> None:
+    """--threads."""
     parser.add_argument("--threads", type=int, metavar="N", help="threads of this process")
 
 
-def set_threads(threads: int | None) -> None:
+def set_threads(args: argparse.Namespace) -> None:
+    """Does what --threads says."""
     import torch
 
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {threads}")
-        torch.set_num_threads(threads)
+    check_at_least_one(args, "threads")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
