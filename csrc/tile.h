@@ -309,4 +309,13 @@ inline void parallel(int64_t n, const F& f) {
       const_cast<F*>(&f));
 }
 
+// The same in this thread alone where that is no slower.
+template <class F>
+inline void parallel_unless(bool serial, int64_t n, const F& f) {
+  if (serial)
+    for (int64_t i = 0; i < n; ++i) f(i);
+  else
+    parallel(n, f);
+}
+
 }  // namespace recurra::RECURRA_ISA

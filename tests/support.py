@@ -372,3 +372,33 @@ def run_python(code: str, timeout: float = 120, **environment: str) -> str:
     status = child.returncode
     assert status == 0, f"exit status {status}\n{printed[-2000:]}\n{errors[-4000:]}"
     return printed
+
+
+def check_forked_children(setup: str) -> None:
+    """A forked child computes the same bits as its parent, whose threads it does not have.
+
+    Args:
+        setup: a program that defines ``calls``, a list, and ``compute``, which makes a list of
+            tensors of each.
+    """
+    run_python(
+        textwrap.dedent(setup)
+        + textwrap.dedent(
+            """
+            import os
+            import torch
+            from support import same_bits
+
+            torch.set_num_threads(2)
+            wanted = [compute(call) for call in calls]
+            torch.zeros(1 << 20).add_(1)
+            pid = os.fork()
+            if pid == 0:
+                got = [compute(call) for call in calls]
+                torch.set_num_threads(1)
+                same = (same_bits(a, b) for x, y in zip(got, wanted) for a, b in zip(x, y))
+                os._exit(0 if all(same) else 1)
+            assert os.waitpid(pid, 0)[1] == 0
+            """
+        )
+    )

@@ -14,6 +14,7 @@ from support import (
     LAYOUTS,
     Draw,
     bits,
+    check_forked_children,
     describe,
     isa,
     isas,
@@ -185,24 +186,17 @@ def test_guard_pages():
 
 
 def test_forked_children_compute_the_same():
-    run_python(
+    check_forked_children(
         """
-        import os
         import torch
         from recurra.ops.linear_step import linear_step
-        from support import Draw, same_bits
+        from support import Draw
         from test_linear_step import make
 
-        torch.set_num_threads(2)
         calls = [make(Draw(B), B, 700, 515, torch.bfloat16) for B in (1, 8)]
-        wanted = [linear_step(**args) for args in calls]
-        torch.zeros(1 << 20).add_(1)
-        pid = os.fork()
-        if pid == 0:
-            got = [linear_step(**args) for args in calls]
-            torch.set_num_threads(1)
-            os._exit(0 if all(map(same_bits, got, wanted)) else 1)
-        assert os.waitpid(pid, 0)[1] == 0
+
+        def compute(call):
+            return [linear_step(**call)]
         """
     )
 

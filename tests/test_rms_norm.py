@@ -16,6 +16,7 @@ from support import (
     LAYOUTS,
     Draw,
     bits,
+    check_forked_children,
     describe,
     isa,
     isas,
@@ -280,24 +281,16 @@ def test_guard_pages():
 
 
 def test_forked_children_compute_the_same():
-    run_python(
+    check_forked_children(
         """
-        import os
         import torch
-        from support import Draw, same_bits
+        from support import Draw
         from test_rms_norm import everything, make
 
-        torch.set_num_threads(2)
         calls = [make(Draw(n), (n, 400), 515, torch.bfloat16) for n in (1, 3)]
-        wanted = [everything(**args) for args in calls]
-        torch.zeros(1 << 20).add_(1)
-        pid = os.fork()
-        if pid == 0:
-            got = [everything(**args) for args in calls]
-            torch.set_num_threads(1)
-            same = (same_bits(a, b) for x, y in zip(got, wanted) for a, b in zip(x, y))
-            os._exit(0 if all(same) else 1)
-        assert os.waitpid(pid, 0)[1] == 0
+
+        def compute(call):
+            return everything(**call)
         """
     )
 

@@ -23,6 +23,7 @@ from recurra.train import Trainer, TrainOptions, log, state
 from recurra.train.data import Bytes, Corpus
 from recurra.train.run import run
 from recurra.train.trainer import NonFiniteLoss
+from support import threads
 
 CONFIG = LMConfig(d_model=16, n_layers=2, mixer=MambaConfig(d_state=4))
 TEXT = "".join(f"{i} squared is {i * i}.\n" for i in range(3000)).encode()
@@ -32,10 +33,8 @@ QUICK = {"steps": 6, "batch": 4, "length": 32, "warmup": 2, "eval_batches": 1, "
 @pytest.fixture(autouse=True)
 def one_thread():
     """Models this small wait for threads more than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 def corpus() -> Corpus:

@@ -152,14 +152,6 @@ void task(const LinearStep& args, const Tile<T>& rows, int64_t begin, int64_t en
   }
 }
 
-template <class F>
-void run(int64_t tasks, bool serial, const F& f) {
-  if (serial)
-    for (int64_t i = 0; i < tasks; ++i) f(i);
-  else
-    parallel(tasks, f);
-}
-
 // x as whole vectors of T.
 template <class T>
 Tile<T> rows_of_x(const LinearStep& args) {
@@ -167,7 +159,7 @@ Tile<T> rows_of_x(const LinearStep& args) {
   if (!args.copies_x()) return {reinterpret_cast<T*>(x.data), x.stride_t};
   const Tile<T> rows{static_cast<T*>(args.copy.data), args.copy.stride[0]};
   const int64_t batch = args.x.size[0], columns = args.x.size[1];
-  run((batch + kLanes - 1) / kLanes, batch * columns < kSerialBelow, [&](int64_t i) {
+  parallel_unless(batch * columns < kSerialBelow, (batch + kLanes - 1) / kLanes, [&](int64_t i) {
     const int64_t b = i * kLanes;
     load_tile<T>(x.at(b, 0), least(kLanes, batch - b), columns, rows.row(b), rows.stride);
   });
@@ -183,7 +175,7 @@ void linear(const LinearStep& args) {
   int64_t bytes = N * row / kTasks;
   bytes = bytes < kSmallest ? kSmallest : least(bytes, kLargest);
   const int64_t each = (bytes / row / kTaskRows + (bytes / row < kTaskRows)) * kTaskRows;
-  run((N + each - 1) / each, batch * N * columns < kSerialBelow, [&](int64_t i) {
+  parallel_unless(batch * N * columns < kSerialBelow, (N + each - 1) / each, [&](int64_t i) {
     const int64_t begin = i * each, end = least(begin + each, N);
     if (!in_place) {
       T tile[kBlock * kColumns] __attribute__((aligned(64)));

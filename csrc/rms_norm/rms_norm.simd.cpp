@@ -138,14 +138,6 @@ struct Tiles {
   T x[Arrays][kGroup * kColumns] __attribute__((aligned(64)));
 };
 
-template <class F>
-void run(int64_t tasks, bool serial, const F& f) {
-  if (serial)
-    for (int64_t i = 0; i < tasks; ++i) f(i);
-  else
-    parallel(tasks, f);
-}
-
 RECURRA_INLINE int64_t group_of(const View<3>& x, bool tiled) {
   const int64_t fit = x.size[2] > 0 ? kGroupBytes / (x.size[2] * item_size(x.dtype)) : kGroup;
   return tiled ? kGroup : fit < 1 ? 1 : least(fit, kGroup);
@@ -269,7 +261,7 @@ void forward(RmsNorm args) {
   const int64_t rows = chunks.rows, each = chunks.each;
   join_batches(args.x, args.y, args.rstd);
   const bool in_place = channels_follow(args.x) && channels_follow(args.y);
-  run(chunks.count(), rows * args.x.size[2] < kSerialBelow, [&](int64_t i) {
+  parallel_unless(rows * args.x.size[2] < kSerialBelow, chunks.count(), [&](int64_t i) {
     in_place_or_tiled<T, 2>(args.x.dtype, in_place, [&](auto stored, Tiles<T, 2>* tiles) {
       normalise<T, DType(stored.value)>(args, i * each, least(rows, (i + 1) * each), tiles);
     });
@@ -285,13 +277,13 @@ void backward(RmsNormBackward args) {
   join_batches(args.dy, args.x, args.rstd, args.dx);
   const bool in_place =
       channels_follow(args.dy) && channels_follow(args.x) && channels_follow(args.dx);
-  run(chunks.count(), rows * D < kSerialBelow, [&](int64_t i) {
+  parallel_unless(rows * D < kSerialBelow, chunks.count(), [&](int64_t i) {
     in_place_or_tiled<T, 3>(args.x.dtype, in_place, [&](auto stored, Tiles<T, 3>* tiles) {
       differentiate<T, DType(stored.value)>(args, i * each, least(rows, (i + 1) * each),
                                             sums + i * padded, tiles);
     });
   });
-  run((D + kColumns - 1) / kColumns, chunks.count() * D < kSerialBelow, [&](int64_t i) {
+  parallel_unless(chunks.count() * D < kSerialBelow, (D + kColumns - 1) / kColumns, [&](int64_t i) {
     T values[kColumns] __attribute__((aligned(64)));
     const int64_t begin = i * kColumns, some = least(kColumns, D - begin);
     for (int64_t c = 0; c < some; c += kLanes) {
