@@ -17,4 +17,16 @@ from recurra.ops import __all__ as _ops  # noqa: E402
 from recurra import nn  # noqa: E402  isort: skip
 from recurra.lm import LM  # noqa: E402  isort: skip
 
-__all__ = ["LM", "__version__", "library_paths", "nn", "reference", *_ops]
+from recurra.compat import install, report, uninstall  # noqa: E402  isort: skip
+
+__all__ = [
+    "LM",
+    "__version__",
+    "install",
+    "library_paths",
+    "nn",
+    "reference",
+    "report",
+    "uninstall",
+    *_ops,
+]

@@ -1,0 +1,137 @@
+"""What takes the place of the functions that transformers lets kernel packages replace.
+
+Each is made of the torch function that it replaces, which goes on taking what recurra's does not:
+other devices, other activations.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from recurra.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from recurra.compat.mamba_ssm import selective_scan_fn
+from recurra.compat.mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+_ACTIVATIONS = (None, "silu", "swish")
+
+
+def takes(func_name: str, layer: nn.Module) -> bool:
+    """Whether the replacement of a hook serves this layer."""
+    return not func_name.startswith("causal_conv1d") or (
+        getattr(layer, "activation", None) in _ACTIVATIONS
+    )
+
+
+def _convolution(torch_function: Callable) -> Callable:
+    def convolution(
+        hidden_states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        if cu_seqlens is not None and seq_idx is None:
+            steps = torch.arange(hidden_states.shape[2], device=hidden_states.device)
+            seq_idx = torch.bucketize(steps, cu_seqlens[1:], right=True)[None]
+        fits = hidden_states.is_cpu and activation in _ACTIVATIONS and weight.shape[1] > 1
+        if not fits and seq_idx is None:
+            return torch_function(hidden_states, weight, bias, activation)
+        return causal_conv1d_fn(hidden_states, weight, bias, seq_idx, activation=activation)
+
+    return convolution
+
+
+def _convolution_update(torch_function: Callable) -> Callable:
+    def convolution_update(
+        hidden_states: Tensor,
+        conv_state: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Tensor:
+        if hidden_states.is_cpu and activation in _ACTIVATIONS and weight.shape[1] > 1:
+            return causal_conv1d_update(hidden_states, conv_state, weight, bias, activation)
+        return torch_function(hidden_states, conv_state, weight, bias, activation)
+
+    return convolution_update
+
+
+def _inner(torch_function: Callable) -> Callable:
+    # transformers' models go on by convolution and scan where this returns None, with the same
+    # kernels. mamba_inner_fn itself knows no padding mask.
+    def inner(*args) -> None:
+        return None
+
+    return inner
+
+
+def _scan(torch_function: Callable) -> Callable:
+    def scan(
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+    ):
+        args = (hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+        if not hidden_states.is_cpu:
+            return torch_function(*args)
+        dtype = _widest(hidden_states, dt, B, C, z)
+        u, dt, B, C, z = _cast(dtype, hidden_states, dt, B, C, z)
+        return selective_scan_fn(
+            u, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state
+        )
+
+    return scan
+
+
+def _update(torch_function: Callable) -> Callable:
+    def update(
+        state: Tensor,
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        dt_bias: Tensor | None = None,
+        dt_softplus: bool = False,
+    ) -> Tensor:
+        if not hidden_states.is_cpu:
+            return torch_function(
+                state, hidden_states, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus
+            )
+        dtype = _widest(hidden_states, dt, B, C, z)
+        x, dt, B, C, z = _cast(dtype, hidden_states, dt, B, C, z)
+        y = selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+        return y.to(hidden_states.dtype)
+
+    return update
+
+
+def _widest(*tensors: Tensor | None) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors if t is not None))
+
+
+def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+BY_NAME: dict[str, Callable[[Callable], Callable]] = {
+    "causal_conv1d_fn": _convolution,
+    "causal_conv1d_update": _convolution_update,
+    "mamba_inner_fn": _inner,
+    "selective_scan_fn": _scan,
+    "selective_state_update": _update,
+}

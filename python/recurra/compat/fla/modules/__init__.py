@@ -1,0 +1,5 @@
+"""Stands in for fla.modules."""
+
+from recurra.compat._common import absent
+
+__getattr__ = absent("fla")

@@ -1,0 +1,48 @@
+"""Stands in for fla.ops.hgrn: (B, T, D) in, (B, T, D) out."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from recurra.compat._common import absent, kernels, state
+
+__all__ = ["chunk_hgrn", "fused_recurrent_hgrn"]
+__getattr__ = absent("fla")
+
+
+def fused_recurrent_hgrn(
+    x: Tensor,
+    g: Tensor,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """HGRN's recurrence, h_t = exp(g_t) h_{t-1} + x_t; :func:`recurra.linear_scan` under fla's
+    names. Qin et al., "Hierarchically gated recurrent neural network for sequence modeling" (2023).
+
+    Args:
+        x: inputs, (B, T, D), any strides.
+        g: logarithms of the gates, (B, T, D), the dtype of ``x``.
+        initial_state: (B, D), or (S, D) with ``cu_seqlens``.
+        output_final_state: return the last state too.
+        cu_seqlens: (S + 1,), the ends of S sequences packed along T; B must be 1.
+
+    Returns:
+        h, (B, T, D), in the dtype of ``x``, and the last state in float32 or float64, or None.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype or device.
+    """
+    h0 = state(initial_state, x)
+    h, h_last = kernels(x).linear_scan(g, x, h0, log_a=True, cu_seqlens=cu_seqlens)
+    return h, h_last if output_final_state else None
+
+
+def chunk_hgrn(
+    x: Tensor,
+    g: Tensor,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`fused_recurrent_hgrn` under the name of fla's chunked kernel."""
+    return fused_recurrent_hgrn(x, g, initial_state, output_final_state)

@@ -1,0 +1,116 @@
+"""Stands in for mamba_ssm.ops.triton.selective_state_update: one step of decoding."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from recurra import reference
+from recurra._check import fail
+from recurra.compat._common import absent, kernels, parameter, records_gradient, state
+
+__getattr__ = absent("mamba_ssm")
+_NAME = "selective_state_update"
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+) -> Tensor:
+    """One step of Mamba's or Mamba-2's scan; ``state`` is updated in place.
+
+    Args:
+        state: (batch, dim, dstate), or (batch, heads, dim, dstate) for Mamba-2, or with the
+            number of slots for batch where ``state_batch_indices`` is given. Any real dtype.
+        x, dt, z: (batch, dim) or (batch, heads, dim); expanded views are welcome.
+        A: (dim, dstate) or (heads, dim, dstate).
+        B, C: (batch, dstate) or (batch, groups, dstate).
+        D, dt_bias: (dim,) or (heads, dim).
+        dt_softplus: apply softplus to ``dt + dt_bias``.
+        state_batch_indices: (batch,), which state each row uses, none twice; a row whose index is
+            negative changes nothing and returns zeros.
+
+    Returns:
+        The shape and dtype of ``x``. Where autograd records, gradients reach every argument but
+        with ``state_batch_indices``.
+
+    Raises:
+        RuntimeError: an argument has the wrong shape, dtype or device.
+    """
+    return _update(
+        kernels(x), state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices
+    )
+
+
+def selective_state_update_ref(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """:func:`selective_state_update` in plain torch."""
+    return _update(reference, state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, None)
+
+
+def _update(ops, whole, x, dt, A, B, C, D, z, dt_bias, dt_softplus, slots):
+    shape = x.shape
+    if whole.dim() == 4:
+        heads, dim, N = whole.shape[1:]
+        if x.shape[1:] != (heads, dim) or A.shape != (heads, dim, N):
+            wanted = f"{(x.shape[0], heads, dim)} and {(heads, dim, N)}"
+            fail(
+                _NAME,
+                f"x and A must have shapes {wanted}, got {tuple(x.shape)} and {tuple(A.shape)}",
+            )
+        if B.dim() == 3 and heads % max(B.shape[1], 1):
+            fail(_NAME, f"the number of groups must divide heads = {heads}, got {B.shape[1]}")
+        # A head's channels are neighbours, and so are the channels of a group of heads. A that
+        # is one number a head, an expanded view, stays one number a channel.
+        tied = A.stride(2) == 0
+        A = (A[..., 0] if tied else A).flatten(0, 1)
+        A = A[:, None].expand(-1, N) if tied else A
+        x, dt, z = (None if t is None else t.flatten(1) for t in (x, dt, z))
+        D, dt_bias = (None if t is None else t.flatten() for t in (D, dt_bias))
+        states = whole.flatten(1, 2)
+        viewed = whole.stride(1) == dim * whole.stride(2)
+    elif whole.dim() == 3:
+        states, viewed = whole, True
+    else:
+        fail(_NAME, f"state must have 3 or 4 dimensions, got {whole.dim()}")
+    arguments = [x, dt, parameter(A, x), B, C, parameter(D, x), z, parameter(dt_bias, x)]
+    if slots is None and records_gradient(whole, *arguments):
+        u, delta, A, B, C, D, z, dt_bias = arguments
+        rows = (None if t is None else t[:, None] for t in (u, delta, B, C, z))
+        u, delta, B, C, z = rows
+        y, h = ops.selective_scan(
+            u, delta, A, B, C, D, z, dt_bias, delta_softplus=dt_softplus, h0=state(states, x)
+        )
+        whole.copy_(h.view(whole.shape))
+        return y.view(shape)
+    if viewed and state(states[:0], x).dtype == states.dtype:
+        y = ops.selective_scan_step(states, *arguments, delta_softplus=dt_softplus, slots=slots)
+        return y.view(shape)
+    rows = slice(None) if slots is None else slots.clamp(min=0).long()
+    h = state(states[rows], x)
+    h = h.clone() if h.dtype == states.dtype else h
+    y = ops.selective_scan_step(h, *arguments, delta_softplus=dt_softplus)
+    if slots is None:
+        whole.copy_(h.view(whole.shape))
+        return y.view(shape)
+    used = slots >= 0
+    whole[rows[used]] = h[used].view(-1, *whole.shape[1:]).to(whole.dtype)
+    return y.masked_fill(~used[:, None], 0).view(shape)

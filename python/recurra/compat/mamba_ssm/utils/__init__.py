@@ -1,0 +1,5 @@
+"""Stands in for mamba_ssm.utils."""
+
+from recurra.compat._common import absent
+
+__getattr__ = absent("mamba_ssm")
