@@ -50,6 +50,7 @@ SWALLOWED = re.compile(r"except[^\n]*:[ \t]*(#[^\n]*)?\n?\s*pass\b")
 STRINGS = re.compile(r'"""[\s\S]*?"""')
 PRINT = re.compile(r"(?<![\w.])print\(")
 XFAIL = re.compile(r"\bxfail\b")
+UNNAMED = re.compile(r"\bnamespace\s*\{")
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 # An include points at its own layer or a lower one. A folder that is not named here is an op.
 LAYERS = {"simd": 0, "math": 1, "cells": 2, "": 3, "cuda": 3, "torch": 5, "python": 5}
@@ -102,6 +103,8 @@ def check_text(path: str, text: str) -> list[str]:
                 )
     if path.startswith("csrc/") and path.endswith(LIMITED):
         problems += check_includes(path, text)
+    if path.endswith(".cu") and UNNAMED.search(text):
+        problems.append("nvcc names what is in an unnamed namespace after the file's path")
     if path.startswith("python/") and path.endswith(".py"):
         problems += [f"{name} is unsafe" for name, rule in UNSAFE.items() if rule.search(text)]
     if path.endswith(".py") and SWALLOWED.search(text):

@@ -27,6 +27,7 @@ BAD = [
     ("csrc/cells/gru.h", '#include "tile.h"', "upward"),
     ("csrc/python/module.cpp", '#include "torch/check.h"', "upward"),
     ("csrc/tile.h", "#include <torch/csrc/stable/tensor.h>", "csrc/torch"),
+    ("csrc/linear_scan/a.cu", "namespace {\nint x;\n}", "unnamed"),
     ("python/recurra/a.py", "import pickle", "pickle"),
     ("python/recurra/a.py", "x = torch.load(path)", "torch.load("),
     ("python/recurra/a.py", "x = eval(text)", "eval("),

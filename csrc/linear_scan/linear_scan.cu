@@ -6,7 +6,8 @@
 #include "math/functions.h"
 
 namespace recurra::cuda {
-namespace {
+// Named, because nvcc names what is in an unnamed one after the path of this file.
+namespace linear_scan_detail {
 
 constexpr int kAhead = 8;
 constexpr int kThreads = 128;
@@ -87,7 +88,8 @@ void launch(const LinearScan& args, const View<1>& cu_seqlens, const Stream& str
   RECURRA_LAUNCH(linear_scan_forward, blocks_for(tasks, kThreads), kThreads, stream, p);
 }
 
-}  // namespace
+}  // namespace linear_scan_detail
+using namespace linear_scan_detail;
 
 void linear_scan(const LinearScan& args, const View<1>& cu_seqlens, const Stream& stream) {
   switch (args.b.dtype) {
