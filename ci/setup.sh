@@ -74,7 +74,8 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Pyth
   tools="$(missing_tools)"
   # The pip that a distribution puts into environments may be too old for -C.
   # shellcheck disable=SC2086
-  python -m pip install -q "pip>=23.1" "scikit-build-core>=0.10" "pybind11>=2.12" $tools
+  python -m pip install -q "pip>=23.1" "scikit-build-core>=0.10" "pybind11>=2.12" \
+    "torch-abi-audit>=0.3" $tools
   # Warnings are errors with the compiler that the tree is kept clean for; others have others.
   WERROR=OFF
   if "$compiler" --version | sed -n 1p | grep -qE '^g\+\+.* 1[23]\.'; then WERROR=ON; fi
@@ -89,9 +90,11 @@ install_package() {
   rm -rf "$BUILD/wheel"
   timed "build" python -m pip wheel -q --no-build-isolation --no-deps --wheel-dir "$BUILD/wheel" \
     -C build-dir="$BUILD/package" -C "cmake.define.RECURRA_WERROR=$WERROR" "$@" .
-  local wheel
+  local wheel without=""
   wheel="$(ls "$BUILD"/wheel/recurra-*.whl)"
-  python ci/audit_wheel.py "$wheel" --source "$ROOT" --build "$BUILD"
+  command -v "${CUDACXX:-nvcc}" > /dev/null || without="--without-cuda"
+  # shellcheck disable=SC2086
+  timed "audit" python ci/audit_wheel.py "$wheel" --source "$ROOT" --build "$BUILD" $without
   python -m pip install -q "$wheel[$extra]"
   python -m pip install -q --no-deps --force-reinstall "$wheel"
 }

@@ -9,7 +9,7 @@ from recurra import _library
 _library.load()
 
 from recurra import reference  # noqa: E402
-from recurra._library import library_paths  # noqa: E402
+from recurra._library import include_path, library_paths  # noqa: E402
 from recurra.ops import *  # noqa: E402, F403
 from recurra.ops import __all__ as _ops  # noqa: E402
 
@@ -22,6 +22,7 @@ from recurra.compat import install, report, uninstall  # noqa: E402  isort: skip
 __all__ = [
     "LM",
     "__version__",
+    "include_path",
     "install",
     "library_paths",
     "nn",

@@ -16,7 +16,7 @@ def _find(name: str) -> Path | None:
     # An editable install has two folders on the package path: the sources and the build.
     for folder in recurra.__path__:
         path = Path(folder) / name
-        if path.is_file():
+        if path.exists():
             return path
     return None
 
@@ -55,6 +55,17 @@ def library_paths() -> list[str]:
     second one, where there is one, the CUDA kernels.
     """
     return list(_loaded.values())
+
+
+def include_path() -> str:
+    """The folder to name to a C++20 compiler with ``-I``, for ``recurra/cells/all.h`` and others.
+
+    Cells, the functions and dual numbers that they are made of, and the arguments of the kernels.
+    """
+    path = _find("include")
+    if path is None:
+        raise FileNotFoundError("recurra: the C++ headers are missing, install the package again")
+    return str(path)
 
 
 def status() -> dict[str, str]:

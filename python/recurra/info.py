@@ -41,6 +41,13 @@ def _isa(native) -> str:
     return text + (f", RECURRA_ISA={cap}" if cap else ", RECURRA_ISA not set")
 
 
+def _headers() -> str:
+    try:
+        return recurra.include_path()
+    except FileNotFoundError as error:
+        return str(error)
+
+
 def lines() -> list[tuple[str, str]]:
     """The table of ``recurra info`` as (name, value) pairs."""
     where, native = _native()
@@ -55,6 +62,7 @@ def lines() -> list[tuple[str, str]]:
         ("cpu library", status["cpu"]),
         ("cuda library", status["cuda"]),
         ("numpy module", where),
+        ("c++ headers", _headers()),
     ]
     if native is not None:
         flags = native.cpu_features()["flags"]
