@@ -129,7 +129,8 @@ def causal_conv1d_update(
     rows = None if conv_state_indices is None else conv_state_indices.clamp(min=0).long()
     states = conv_state if rows is None else conv_state[rows]
     if cache_seqlens is None:
-        h0 = states[..., length - before :]
+        # A backward may need it, and the state is about to change.
+        h0 = states[..., length - before :].clone()
     else:
         places = cache_seqlens.long()[:, None] + torch.arange(-before, x.shape[2], device=x.device)
         places = places.remainder(length)[:, None].expand(-1, x.shape[1], -1)

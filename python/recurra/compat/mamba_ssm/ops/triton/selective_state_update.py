@@ -96,8 +96,9 @@ def _update(ops, whole, x, dt, A, B, C, D, z, dt_bias, dt_softplus, slots):
         u, delta, A, B, C, D, z, dt_bias = arguments
         rows = (None if t is None else t[:, None] for t in (u, delta, B, C, z))
         u, delta, B, C, z = rows
+        h0 = state(states, x).clone()  # the backward needs it, and it is about to change
         y, h = ops.selective_scan(
-            u, delta, A, B, C, D, z, dt_bias, delta_softplus=dt_softplus, h0=state(states, x)
+            u, delta, A, B, C, D, z, dt_bias, delta_softplus=dt_softplus, h0=h0
         )
         whole.copy_(h.view(whole.shape))
         return y.view(shape)
