@@ -253,16 +253,17 @@ def section(library: Path, scratch: Path) -> bytes:
 def check_torch(report: str, libraries: list[str]) -> list[str]:
     """Whether `torch-abi-audit --json` finds only the stable ABI of torch 2.11 in every library."""
     try:
+        said = json.loads(report)
         found = {
             PurePosixPath(library["path"]).name: library
-            for package in json.loads(report)["packages"]
+            for package in said.get("packages", [said])  # of a single library there is no list
             for library in package["extensions"] + package["bundled_libs"]
         }
         verdicts = {
             name: (entry["torch"]["stable"], entry["torch"]["min_torch_version"], entry["error"])
             for name, entry in found.items()
         }
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         return [f"torch-abi-audit says nothing that can be read: {error!r}"]
     return [
         f"{name}: (stable, least torch, error) is {verdicts.get(name)}"

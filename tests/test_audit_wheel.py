@@ -263,9 +263,15 @@ def test_unstable_torch(changed):
     assert len(audit.check_torch(report(**changed), libraries)) == 1
 
 
+def test_torch_report_of_one_library():
+    one = json.dumps(json.loads(report())["packages"][0])
+    assert audit.check_torch(one, ["_ops_cpu.so"]) == []
+
+
 def test_torch_report_that_says_nothing():
     assert audit.check_torch("", ["_ops_cpu.so"])
     assert audit.check_torch("{}", ["_ops_cpu.so"])
+    assert audit.check_torch("[]", ["_ops_cpu.so"])
     assert len(audit.check_torch(report(), ["_ops_cpu.so", "_ops_other.so"])) == 1
 
 
