@@ -95,10 +95,19 @@ def test_running_out_of_memory_in_a_thread_is_an_exception():
     assert done.stdout.split() in (["RuntimeError", "8.0"], ["MemoryError", "8.0"]), done.stdout
 
 
-@pytest.mark.parametrize("page, least", [("README.md", 2), ("docs/language_models.md", 1)])
+@pytest.mark.parametrize(
+    "page, least",
+    [
+        ("README.md", 2),
+        ("docs/language_models.md", 1),
+        ("docs/mamba_ssm.md", 2),
+        ("docs/transformers.md", 2),
+    ],
+)
 def test_what_a_page_shows_runs_as_it_stands(page, least):
     text = (ROOT / page).read_text()
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
     assert len(blocks) >= least
     for block in blocks:
         exec(compile(block, page, "exec"), {"__name__": "page"})
+    recurra.uninstall()  # what some of them install
