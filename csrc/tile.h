@@ -186,6 +186,15 @@ inline Tile<T> load_tile(const Plane& p, int64_t steps, int64_t channels, T* buf
       for (int64_t c = whole; c < channels; c += kLanes)
         load_lanes<T>(p.data + (t * p.stride_t + c) * item, p.dtype, at_most_lanes(channels - c))
             .store(buffer + t * width + c);
+  } else if (p.stride_c == 0) {
+    for (int64_t t = 0; t < steps; ++t) {
+      const Vec<T> v(load_element<T>(p.data + t * p.stride_t * item, p.dtype));
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        T* const to = buffer + t * width + c;
+        if (channels - c < kLanes) Vec<T>(T(0)).store(to);
+        v.store(to, at_most_lanes(channels - c));
+      }
+    }
   } else if (p.stride_t == 1 || p.stride_t == -1) {
     for (int64_t c = 0; c < channels; c += kLanes) {
       const int lanes = at_most_lanes(channels - c);
@@ -223,6 +232,32 @@ inline Tile<T> load_tile(const Plane& p, int64_t steps, int64_t channels, T* buf
       }
   }
   return {buffer, width};
+}
+
+// One row, in lanes; zeros where the plane is absent.
+template <class T>
+void load_row(const Plane& p, int64_t channels, T* row, int64_t width) {
+  if (!p) {
+    for (int64_t c = 0; c < width; ++c) row[c] = T(0);
+    return;
+  }
+  const Tile<T> tile = load_tile<T>(p, 1, channels, row, width);
+  if (tile.data != row)
+    for (int64_t c = 0; c < channels; ++c) row[c] = tile.data[c];
+}
+
+RECURRA_INLINE void prefetch_row(const Plane& p, int64_t t, int64_t channels) {
+  const char* row = p.at(t, 0).data;
+  for (int64_t at = 0; at < channels * item_size(p.dtype); at += 64) prefetch<2>(row + at);
+}
+
+// Whether rows may be written past the caches, where each must start on a cache line.
+template <class T>
+bool may_stream(const Plane& p) {
+  return p.dtype == kDType<T> && (reinterpret_cast<uintptr_t>(p.data) |
+                                  static_cast<uintptr_t>(p.stride_t * item_size(p.dtype))) %
+                                         64 ==
+                                     0;
 }
 
 // Rows of a plane as they are stored where channels are contiguous, whatever the dtype, and

@@ -73,6 +73,15 @@ struct Sequences {
     if (offsets) return {0, offsets[n], offsets[n + 1]};
     return {n, 0, time};
   }
+
+  // Where a kernel that keeps something for every `length` steps has row k of sequence n: distinct,
+  // and below chunk_rows.
+  RECURRA_EVERYWHERE int64_t chunk_row(int64_t n, int64_t k, int64_t length) const {
+    return (offsets ? (*this)[n].begin / length + n : n * ((time + length - 1) / length)) + k;
+  }
+  RECURRA_EVERYWHERE int64_t chunk_rows(int64_t length) const {
+    return offsets ? time / length + count : count * ((time + length - 1) / length);
+  }
 };
 
 }  // namespace recurra

@@ -6,7 +6,7 @@
 #include "linear_scan/linear_scan.h"
 
 #include "math/functions.h"
-#include "tile.h"
+#include "partial_sums.h"
 
 namespace recurra::RECURRA_ISA {
 namespace {
@@ -15,7 +15,6 @@ constexpr int64_t kTile = 4096;           // elements of a tile
 constexpr int64_t kWidest = 1024;         // channels of a row
 constexpr int64_t kAhead = 16;            // rows by which parts of rows are prefetched
 constexpr int64_t kColumnsAhead = 32;     // steps by which columns are prefetched
-constexpr int64_t kGroup = 16;            // steps that are summed before they join a gradient
 constexpr int64_t kStreamFrom = 8 << 20;  // bytes of output that no cache is asked to hold
 
 template <class T>
@@ -45,17 +44,6 @@ bool streams(const View<3>& out) {
   return out.size[0] * out.size[1] * out.size[2] * item_size(out.dtype) >= kStreamFrom;
 }
 
-template <class T>
-void load_row(const Plane& p, int64_t channels, T* row, int64_t width) {
-  if (!p) {
-    for (int64_t c = 0; c < width; ++c) row[c] = T(0);
-    return;
-  }
-  const Tile<T> tile = load_tile<T>(p, 1, channels, row, width);
-  if (tile.data != row)
-    for (int64_t c = 0; c < channels; ++c) row[c] = tile.data[c];
-}
-
 // The gate: as it lies, or the exponential of its logarithm.
 template <class T>
 Tile<T> load_gate(const Plane& p, bool log_a, int64_t steps, int64_t channels, T* buffer,
@@ -66,20 +54,6 @@ Tile<T> load_gate(const Plane& p, bool log_a, int64_t steps, int64_t channels, T
     for (int64_t c = 0; c < channels; c += kLanes)
       exp(Vec<T>::load(tile.row(t) + c)).store(buffer + t * width + c);
   return {buffer, width};
-}
-
-// Whether rows may be written past the caches, where each must start on a cache line.
-template <class T>
-bool may_stream(const Plane& p) {
-  return p.dtype == kDType<T> && (reinterpret_cast<uintptr_t>(p.data) |
-                                  static_cast<uintptr_t>(p.stride_t * item_size(p.dtype))) %
-                                         64 ==
-                                     0;
-}
-
-RECURRA_INLINE void prefetch_row(const Plane& p, int64_t t, int64_t channels) {
-  const char* row = p.at(t, 0).data;
-  for (int64_t at = 0; at < channels * item_size(p.dtype); at += 64) prefetch<2>(row + at);
 }
 
 // h and the state, where every tensor lies row by row.
@@ -202,53 +176,6 @@ void forward(const LinearScan& args) {
   });
 }
 
-// Adds a tile of gate gradients into the partial sums: over time in groups of kGroup steps, over
-// the lanes of sixteen channels by the fixed tree. Both orders are those of the walk, whatever
-// the layout and the tile.
-template <class T>
-void accumulate(const View<3>& a, const Plane& to, int64_t steps, int64_t channels, const T* rows,
-                int64_t width) {
-  const bool over_time = a.size[1] == 1, over_channels = a.size[2] == 1;
-  for (int64_t t = 0; t < steps; t += kGroup) {
-    const int64_t group = over_time ? (steps - t < kGroup ? steps - t : kGroup) : 1;
-    const int64_t end = over_time ? t + 1 : (steps - t < kGroup ? steps : t + kGroup);
-    for (int64_t first = t; first < end; ++first)
-      for (int64_t c = 0; c < channels; c += kLanes) {
-        Vec<T> v = Vec<T>::load(rows + first * width + c);
-        for (int64_t i = 1; i < group; ++i) v = v + Vec<T>::load(rows + (first + i) * width + c);
-        T* at = reinterpret_cast<T*>(to.at(over_time ? 0 : first, 0).data);
-        if (over_channels) {
-          at[c / kLanes] += sum(v);
-        } else {
-          const int lanes = at_most_lanes(channels - c);
-          (Vec<T>::load(at + c, lanes) + v).store(at + c, lanes);
-        }
-      }
-  }
-}
-
-// da = the partial sums, over the blocks of sixteen channels in order where D was broadcast.
-template <class T>
-void finish(const View<3>& partial, const View<3>& da) {
-  const int64_t rows = da.size[2] ? da.size[0] * da.size[1] : 0;
-  const int64_t blocks = rows ? partial.size[2] / da.size[2] : 0;
-  parallel((rows + 255) / 256, [&](int64_t task) {
-    for (int64_t row = task * 256; row < rows && row < task * 256 + 256; ++row) {
-      const int64_t b = row / da.size[1], t = row % da.size[1];
-      if (da.size[2] > 1 || blocks == 1) {
-        for (int64_t d = 0; d < da.size[2]; ++d)
-          store_element<T>(da.at(b, t, d), da.dtype,
-                           *reinterpret_cast<const T*>(partial.at(b, t, d)));
-        continue;
-      }
-      T total = T(0);
-      for (int64_t i = 0; i < blocks; ++i)
-        total += *reinterpret_cast<const T*>(partial.at(b, t, i));
-      store_element<T>(da.at(b, t, 0), da.dtype, total);
-    }
-  });
-}
-
 // da, db and the carried gradient, where every tensor lies row by row; `first` is h0.
 template <class T, DType S>
 void backward_rows(const Plane& a, const Plane& h, const Plane& dh, const Plane& da,
@@ -349,7 +276,7 @@ void backward(const LinearScanBackward& args) {
     }
     if (stream) fence();
   });
-  if (reduced) finish<T>(args.partial, args.da);
+  if (reduced) write_sums<T>(args.partial, args.da);
 }
 
 template <class T>

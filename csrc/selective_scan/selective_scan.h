@@ -69,17 +69,9 @@ struct SelectiveScanInputs {
 
   int64_t states() const { return A.size[1]; }
   int64_t rows() const { return (complex ? 2 : 1) * states(); }  // of lanes: parts times N
-  // The row of saved states of chunk k of sequence n: distinct, and at most T / chunk + n.
-  int64_t chunk_row(int64_t n, int64_t k) const {
-    const Sequence s = sequences[n];
-    return (sequences.offsets ? s.begin / kScanChunk + n
-                              : n * ((sequences.time + kScanChunk - 1) / kScanChunk)) +
-           k;
-  }
-  int64_t chunk_rows() const {
-    return sequences.offsets ? sequences.time / kScanChunk + sequences.count
-                             : sequences.count * ((sequences.time + kScanChunk - 1) / kScanChunk);
-  }
+  // The row of saved states of chunk k of sequence n.
+  int64_t chunk_row(int64_t n, int64_t k) const { return sequences.chunk_row(n, k, kScanChunk); }
+  int64_t chunk_rows() const { return sequences.chunk_rows(kScanChunk); }
 };
 
 // Scratch is in the compute type and in lanes: the last dimension is spans.padded().

@@ -83,10 +83,26 @@ View<N> view(const OptionalTensor& t) {
   return t ? view<N>(*t) : View<N>();
 }
 
+// (B, ...) as (B, 1, ...): a row a sequence, of one step.
+template <int N>
+View<N + 1> one_step(const View<N>& v) {
+  View<N + 1> out;
+  out.data = v.data;
+  out.dtype = v.dtype;
+  for (int n = 0; n <= N; ++n) {
+    out.size[n] = n == 1 ? 1 : v.size[n < 1 ? n : n - 1];
+    out.stride[n] = n == 1 ? 0 : v.stride[n < 1 ? n : n - 1];
+  }
+  return out;
+}
+
 // Uninitialised tensors on the device of `like`. empty_like also takes its memory order.
 Tensor empty_like(const Tensor& like);
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);
+// Zeros for the sums of csrc/partial_sums.h, where `a` (B, T, D) is broadcast to the shape of
+// `full`; none where it is not.
+OptionalTensor partial_sums(const Tensor& a, const Tensor& full);
 inline DType state_dtype(DType d) { return d == DType::bf16 || d == DType::f16 ? DType::f32 : d; }
 
 }  // namespace recurra

@@ -2,7 +2,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <tuple>
 
 #include "torch/check.h"
@@ -48,15 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward_cpu(Tensor a, Tensor h, 
   Tensor da = empty_like(a), db = empty_like(h);
   Tensor dh0 =
       h0 ? empty_like(*h0) : empty(h, {args.sequences.count, h.size(2)}, state_dtype(dtype_of(h)));
-  const bool reduced = a.size(0) != h.size(0) || a.size(1) != h.size(1) || a.size(2) != h.size(2);
-  OptionalTensor partial;
-  if (reduced) {
-    // At least one sum, so that a gradient shared by no channels at all is written too.
-    const int64_t lanes =
-        a.size(2) == h.size(2) ? h.size(2) : std::max<int64_t>(1, (h.size(2) + 15) / 16);
-    partial = zeros(a, {a.size(0), a.size(1), lanes},
-                    computes_in_double(dtype_of(h)) ? DType::f64 : DType::f32);
-  }
+  const OptionalTensor partial = partial_sums(a, h);
   args.a = view<3>(a);
   args.h = view<3>(h);
   args.h0 = view<2>(h0);

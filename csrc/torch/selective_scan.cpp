@@ -63,19 +63,6 @@ View<4> grouped_step(const Tensor& t) {
   return {v.data, v.dtype, {v.size[0], 1, 1, v.size[1]}, {v.stride[0], 0, 0, v.stride[1]}};
 }
 
-// A row a sequence, of one step.
-template <int N>
-View<N + 1> one_step(const View<N>& v) {
-  View<N + 1> out;
-  out.data = v.data;
-  out.dtype = v.dtype;
-  for (int n = 0; n <= N; ++n) {
-    out.size[n] = n == 1 ? 1 : v.size[n < 1 ? n : n - 1];
-    out.stride[n] = n == 1 ? 0 : v.stride[n < 1 ? n : n - 1];
-  }
-  return out;
-}
-
 int64_t span_groups(const Tensor& B, const Tensor& C, int64_t dim) {
   const int64_t of_B = B.dim() == dim + 2 ? B.size(dim) : 1;
   const int64_t of_C = C.dim() == dim + 2 ? C.size(dim) : 1;

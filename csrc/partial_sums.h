@@ -1,0 +1,58 @@
+// The gradient of an argument (B, T, D) that is broadcast along some of its dimensions: partial
+// sums in the compute type, (B, T, D) of the argument, except that a D of 1 becomes one sum for
+// each sixteen channels.
+#pragma once
+#include "tile.h"
+
+namespace recurra::RECURRA_ISA {
+
+constexpr int64_t kGroup = 16;  // steps that are summed before they join a gradient
+
+// Adds a tile of gradients of `a` into the partial sums: over time in groups of kGroup steps, over
+// the lanes of sixteen channels by the fixed tree. Both orders are those of the walk, whatever
+// the layout and the tile.
+template <class T>
+void accumulate(const View<3>& a, const Plane& to, int64_t steps, int64_t channels, const T* rows,
+                int64_t width) {
+  const bool over_time = a.size[1] == 1, over_channels = a.size[2] == 1;
+  for (int64_t t = 0; t < steps; t += kGroup) {
+    const int64_t group = over_time ? (steps - t < kGroup ? steps - t : kGroup) : 1;
+    const int64_t end = over_time ? t + 1 : (steps - t < kGroup ? steps : t + kGroup);
+    for (int64_t first = t; first < end; ++first)
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        Vec<T> v = Vec<T>::load(rows + first * width + c);
+        for (int64_t i = 1; i < group; ++i) v = v + Vec<T>::load(rows + (first + i) * width + c);
+        T* at = reinterpret_cast<T*>(to.at(over_time ? 0 : first, 0).data);
+        if (over_channels) {
+          at[c / kLanes] += sum(v);
+        } else {
+          const int lanes = at_most_lanes(channels - c);
+          (Vec<T>::load(at + c, lanes) + v).store(at + c, lanes);
+        }
+      }
+  }
+}
+
+// da = the partial sums, over the blocks of sixteen channels in order where D was broadcast.
+template <class T>
+void write_sums(const View<3>& partial, const View<3>& da) {
+  const int64_t rows = da.size[2] ? da.size[0] * da.size[1] : 0;
+  const int64_t blocks = rows ? partial.size[2] / da.size[2] : 0;
+  parallel((rows + 255) / 256, [&](int64_t task) {
+    for (int64_t row = task * 256; row < rows && row < task * 256 + 256; ++row) {
+      const int64_t b = row / da.size[1], t = row % da.size[1];
+      if (da.size[2] > 1 || blocks == 1) {
+        for (int64_t d = 0; d < da.size[2]; ++d)
+          store_element<T>(da.at(b, t, d), da.dtype,
+                           *reinterpret_cast<const T*>(partial.at(b, t, d)));
+        continue;
+      }
+      T total = T(0);
+      for (int64_t i = 0; i < blocks; ++i)
+        total += *reinterpret_cast<const T*>(partial.at(b, t, i));
+      store_element<T>(da.at(b, t, 0), da.dtype, total);
+    }
+  });
+}
+
+}  // namespace recurra::RECURRA_ISA
