@@ -59,6 +59,14 @@ class Rounded:
         # A complex product rounds twice a part: at most 2 sqrt(2) units of its absolute value.
         return self._round(value, error + self.error * other.error, 3 if value.is_complex() else 1)
 
+    def __truediv__(self, other: Rounded) -> Rounded:
+        value = self.value / other.value
+        error = self.error + value.abs() * other.error
+        return self._round(value, error / (other.value.abs() - other.error).clamp(min=0))
+
+    def __neg__(self) -> Rounded:
+        return Rounded(self.unit, -self.value, self.error)
+
     def __getitem__(self, index) -> Rounded:
         return Rounded(self.unit, self.value[index], self.error[index])
 
@@ -355,3 +363,133 @@ def selective_scan(
         grads["z"] = dy * y * given(z).silu_slope()
         y = y * given(z).silu()
     return [y, last], grads
+
+
+def _joined(*parts: Rounded) -> Rounded:
+    return Rounded(parts[0].unit, *(torch.cat([getattr(p, f) for p in parts], 1) for f in _FIELDS))
+
+
+def _weights(x: Rounded, y: Rounded) -> tuple[Rounded, Rounded, Tensor]:
+    """e^{x - q} and e^{y - q} for q = max(x, y), one of which is 1, and where the kernel may take
+    the smaller for the larger."""
+    apart = x - y
+    unsure = (apart.value.abs() <= x.error + y.error) & (x.error + y.error > 0)
+    value = (-apart.value.abs()).exp()
+    # Beyond 80 it is 0 whatever its error.
+    small = x._round(value, value * torch.expm1(apart.error.clamp(max=80)), 4)
+    small.error += unsure * (1 - value)
+    one = torch.ones_like(value)
+    above = y.value > x.value
+    doubt = torch.where(unsure, small.error, 0.0)
+
+    def pick(mask: Tensor) -> Rounded:
+        return Rounded(
+            x.unit, torch.where(mask, small.value, one), torch.where(mask, small.error, doubt)
+        )
+
+    return pick(above), pick(~above), unsure
+
+
+def softmax_scan(dtype, cotangents, s, v, h0=None, *, decay=None, bonus=None, cu_seqlens=None):
+    """The equations at the head of csrc/softmax_scan/softmax_scan.h."""
+    u = unit(dtype)
+    B, T, D = v.shape
+    S = B if cu_seqlens is None else len(cu_seqlens) - 1
+    score, x = Rounded(u, double(s)).expand(B, T, D), Rounded(u, double(v))
+    first = _zeros(u, S, 3, D) if h0 is None else Rounded(u, double(h0))
+    # Lower than any score that a sample has.
+    first.value[:, 0].clamp_(min=-1e30) if h0 is not None else first.value[:, 0].fill_(-1e30)
+    do, dh_last = (Rounded(u, double(c)) for c in cotangents)
+    o, ds, dv, to_decay, to_bonus = (_zeros(u, B, T, D) for _ in range(5))
+    last, dh0 = (_zeros(u, S, 3, D) for _ in range(2))
+    slower = torch.zeros(D, dtype=torch.float64) if decay is None else double(decay)
+    more = None if bonus is None else Rounded(u, double(bonus))
+    for rows, n, steps in walks(B, T, cu_seqlens):
+        k, val, dk, start, end = (
+            score[rows][:, steps],
+            x[rows][:, steps],
+            do[rows][:, steps],
+            first[n],
+            dh_last[n],
+        )
+        m, e = start.value[:, 0], start.error[:, 0]
+        moved, tops = [], [(m, e)]
+        for t in range(len(steps)):
+            y = m - slower
+            e = e + (0 if decay is None else u.u * y.abs())
+            moved.append((y, e))
+            m, e = torch.maximum(y, k.value[:, t]), torch.where(y + e < k.value[:, t], 0.0, e)
+            tops.append((m, e))
+        if not steps:
+            _put(last, n, start)
+            _put(dh0, n, end)
+            continue
+
+        def stacked(pairs) -> Rounded:
+            return Rounded(u, *(torch.stack(each, 1) for each in zip(*pairs, strict=True)))
+
+        top, old = stacked(tops), stacked(moved)
+        f, g, unsure = _weights(old, k)
+        c, a = scan(f, g, start[:, 1]), scan(f, g * val, start[:, 2])
+        _put(last, (n, 0), top[:, -1])
+        _put(last, (n, 1), c[:, -1])
+        _put(last, (n, 2), a[:, -1])
+        c0, a0, zero = c[:, :-1], a[:, :-1], _zeros(u, *k[:, :1].value.shape)
+        if more is None:
+            weight, total = c[:, 1:], a[:, 1:]
+        else:
+            p, r, _ = _weights(top[:, :-1], k + more)
+            weight, total = p * c0 + r, p * a0 + r * val
+        mean = total / weight
+        _put(o, (rows, steps), mean)
+        inverse = weight.exact(torch.ones_like(weight.value)) / weight
+        y = dk * inverse
+        to_a, to_c = y, -(y * (total * inverse))
+        if more is not None:  # the output has read the state before its step
+            past_a, past_c = p * to_a, p * to_c
+            to_a, to_c = _joined(past_a[:, 1:], zero), _joined(past_c[:, 1:], zero)
+        A, C = scan_back(f, to_a, end[:, 2]), scan_back(f, to_c, end[:, 1])
+
+        # What the last maximum has of its own goes to the score that set it.
+        rest = end[:, 0] - (C[:, -1] * c[:, -1] + A[:, -1] * a[:, -1])
+        through = f * C[:, 1:] * c0 + f * A[:, 1:] * a0
+        # A state between two calls holds the sum of both: one rounding more, wherever the cut.
+        sizes = through.value.abs().amax(1) + rest.value.abs()
+        E, err = rest.value, rest.error + 4 * u.u * torch.where(rest.value == 0, 0.0, sizes)
+        # The oracle finds what each maximum has of its own as the rest of sums, in float64.
+        noise = 2.0**-49 * ((C[:, 1:] * c[:, 1:]).value.abs() + (A[:, 1:] * a[:, 1:]).value.abs())
+        read = torch.zeros_like(noise)
+        if more is not None:
+            read = 2.0**-49 * (y.value * total.value / weight.value).abs() * (1 + val.value.abs())
+        own, passed = [], []
+        for t in reversed(range(len(steps))):
+            gap = k.value[:, t] - old.value[:, t]
+            share = torch.where(gap > 0, 1.0, torch.where(gap == 0, 0.5, 0.0)).double()
+            doubt = torch.where(unsure[:, t], E.abs() + err, 0.0) + noise[:, t]
+            own.append((share * E, share * err + doubt + read[:, t]))
+            E, err = (1 - share) * E, (1 - share) * err + doubt + read[:, t]
+            passed.append((E, err))
+        own, passed = stacked(own[::-1]), stacked(passed[::-1])
+        dk_s, dk_v = g * (C[:, 1:] + val * A[:, 1:]) + own, g * A[:, 1:]
+        if more is not None:
+            now = r * y
+            extra = now * (val - total * inverse)
+            dk_s, dk_v = dk_s + extra, dk_v + now
+            _put(to_bonus, (rows, steps), extra)
+        _put(ds, (rows, steps), dk_s)
+        _put(dv, (rows, steps), dk_v)
+        _put(to_decay, (rows, steps), -(through + passed))
+        C_first, A_first = C[:, 0], A[:, 0]
+        if more is not None:
+            C_first, A_first = C_first + past_c[:, 0], A_first + past_a[:, 0]
+        _put(dh0, (n, 0), C_first * start[:, 1] + A_first * start[:, 2] + passed[:, 0])
+        _put(dh0, (n, 1), C_first)
+        _put(dh0, (n, 2), A_first)
+    grads = {
+        "s": ds.sum_to(s.shape),
+        "v": dv,
+        "h0": dh0,
+        "decay": to_decay.sum_to((1, 1, D))[0, 0],
+        "bonus": to_bonus.sum_to((1, 1, D))[0, 0],
+    }
+    return [o, last], grads

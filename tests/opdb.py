@@ -383,6 +383,73 @@ def _selective_scan_errors() -> tuple[Arguments, list[ErrorInput]]:
     ]
 
 
+# ---- softmax_scan -----------------------------------------------------------------------------
+
+
+def _softmax_scan(draw: Draw, B: int, T: int, D: int, dtype: torch.dtype, packed: bool):
+    cu_seqlens = draw.cu_seqlens(T) if packed else None
+    S = len(cu_seqlens) - 1 if packed else B
+    shape = draw.choice(
+        [(B, T, D)] * 4 + [(B, T, 1)] * 2 + [(1, 1, D), (B, 1, D), (1, T, D), (1, 1, 1), (1, T, 1)]
+    )
+    wide = torch.float64
+    scores = draw.choice((1, 4)) * draw.normal(*shape, dtype=wide)
+    kind, held = _parameter(draw, dtype), state_dtype(dtype)
+
+    def state() -> Tensor:
+        m, a = draw.normal(S, D, dtype=held), draw.normal(S, D, dtype=held)
+        return torch.stack([m, draw.uniform(0.5, 3, S, D, dtype=held), a], 1)
+
+    return {
+        "s": scores.to(dtype),
+        "v": draw.normal(B, T, D, dtype=dtype),
+        "h0": draw.maybe(state),
+        "decay": draw.maybe(lambda: draw.uniform(0, draw.choice((0.1, 2)), D, dtype=kind)),
+        "bonus": draw.maybe(lambda: draw.normal(D, dtype=kind)),
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def _softmax_scan_errors() -> tuple[Arguments, list[ErrorInput]]:
+    name = "softmax_scan"
+    shape = "(B or 1, T or 1, D or 1) with B = 2, T = 3, D = 4"
+    return {"s": _zeros(2, 3, 4), "v": _zeros(2, 3, 4), "h0": None}, [
+        ErrorInput({"v": _zeros(3, 4)}, f"{name}: v must have shape (B, T, D), got (3, 4)"),
+        ErrorInput(
+            {"v": _zeros(2, 3, 4, dtype=torch.int64)},
+            f"{name}: v must have dtype float32, float64, bfloat16 or float16, got int64",
+        ),
+        ErrorInput({"s": _zeros(2, 3, 5)}, f"{name}: s must have shape {shape}, got (2, 3, 5)"),
+        ErrorInput({"s": _zeros(2, 3)}, f"{name}: s must have shape {shape}, got (2, 3)"),
+        ErrorInput(
+            {"s": _zeros(2, 3, 4, dtype=torch.bfloat16)},
+            f"{name}: s must have dtype float32 where v has float32, got bfloat16",
+        ),
+        ErrorInput(
+            {"h0": _zeros(2, 4)},
+            f"{name}: h0 must have shape (S, 3, D) with S = 2, D = 4, got (2, 4)",
+        ),
+        ErrorInput(
+            {"h0": _zeros(2, 2, 4)},
+            f"{name}: h0 must have shape (S, 3, D) with S = 2, D = 4, got (2, 2, 4)",
+        ),
+        ErrorInput(
+            {"h0": _zeros(2, 3, 4, dtype=torch.float16), "half": torch.float16},
+            f"{name}: h0 must have dtype float32 where v has float16, got float16",
+        ),
+        ErrorInput({"decay": _zeros(3)}, f"{name}: decay must have shape (D) with D = 4, got (3,)"),
+        ErrorInput(
+            {"bonus": _zeros(1, 4)},
+            f"{name}: bonus must have shape (D) with D = 4, got (1, 4)",
+        ),
+        ErrorInput(
+            {"bonus": _zeros(4, dtype=torch.float64)},
+            f"{name}: bonus must have dtype float32 where v has float32, got float64",
+        ),
+        *_packed_errors(name, "v"),
+    ]
+
+
 OPS = [
     Op(
         name="linear_scan",
@@ -433,6 +500,21 @@ OPS = [
         func={"grad": "raises", "jvp": "raises", "vmap": "right"},
         step_inputs=("u", "delta", "A", "B", "C", "D", "z", "delta_bias"),
         step_options=("delta_softplus",),
+        split_gradients="bound",
+    ),
+    Op(
+        name="softmax_scan",
+        axes={"s": "BTD", "v": "BTD", "h0": "SKD", "decay": "D", "bonus": "D"},
+        outputs=("BTD", "SKD"),
+        lead="v",
+        activations=("s", "v"),
+        differentiable=("s", "v", "h0", "decay", "bonus"),
+        make=_softmax_scan,
+        errors=_softmax_scan_errors,
+        model=bounds.softmax_scan,
+        second_order=False,
+        func={"grad": "raises", "jvp": "raises", "vmap": "right"},
+        step_inputs=("s", "v", "decay", "bonus"),
         split_gradients="bound",
     ),
 ]

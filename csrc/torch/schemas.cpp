@@ -11,6 +11,10 @@ namespace {
   "u:act(B,T,D) delta:act(B,T,D) A:param*(D,N) B:act*(B,T,N)/(B,T,G,N) C:act*(B,T,N)/(B,T,G,N) " \
   "D:param?(D) z:act?(B,T,D) delta_bias:param?(D) cu_seqlens:index?"
 
+#define SOFTMAX_SCAN_REQUIREMENTS                                                     \
+  "v:act(B,T,D) s:act(B|1,T|1,D|1) h0:state?(S,3,D) decay:param?(D) bonus:param?(D) " \
+  "cu_seqlens:index?"
+
 constexpr Op kOps[] = {
     {"linear_scan(Tensor a, Tensor b, Tensor? h0=None, *, bool log_a=False, bool reverse=False, "
      "Tensor? cu_seqlens=None) -> (Tensor, Tensor)",
@@ -51,6 +55,19 @@ constexpr Op kOps[] = {
      "Tensor? slots=None) -> Tensor",
      "u:act(B,D) delta:act(B,D) A:param*(D,N) B:act*(B,N)/(B,G,N) C:act*(B,N)/(B,G,N) D:param?(D) "
      "z:act?(B,D) delta_bias:param?(D) h:state*(M,D,N) slots:index?(B)"},
+    {"softmax_scan(Tensor s, Tensor v, Tensor? h0=None, *, Tensor? decay=None, "
+     "Tensor? bonus=None, Tensor? cu_seqlens=None) -> (Tensor, Tensor)",
+     SOFTMAX_SCAN_REQUIREMENTS},
+    {"_softmax_scan_save(Tensor s, Tensor v, Tensor? h0=None, *, Tensor? decay=None, "
+     "Tensor? bonus=None, Tensor? cu_seqlens=None) -> (Tensor, Tensor, Tensor)",
+     SOFTMAX_SCAN_REQUIREMENTS},
+    {"_softmax_scan_backward(Tensor? do, Tensor? dh_last, Tensor saved, Tensor s, Tensor v, "
+     "Tensor? h0=None, *, Tensor? decay=None, Tensor? bonus=None, Tensor? cu_seqlens=None) -> "
+     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+     SOFTMAX_SCAN_REQUIREMENTS " do:act?(B,T,D) dh_last:state?(S,3,D)"},
+    {"softmax_scan_step(Tensor(a!) h, Tensor s, Tensor v, *, Tensor? decay=None, "
+     "Tensor? bonus=None, Tensor? slots=None) -> Tensor",
+     "v:act(B,D) s:act(B|1,D|1) h:state(M,3,D) decay:param?(D) bonus:param?(D) slots:index?(B)"},
     {"_linear_step(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
      "x:act(B,K) weight:param(N,K) bias:param?(N)"},
     {"_rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",

@@ -289,6 +289,18 @@ inline DType parameter(Random& random, DType activations) {
 }
 inline DType state_of(DType d) { return d == DType::f64 ? d : DType::f32; }
 
+// Which state each row uses: some skip, none is used twice.
+inline std::vector<int64_t> slots(Random& random, int64_t rows, int64_t states) {
+  std::vector<int64_t> all(static_cast<size_t>(states));
+  for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int64_t>(i);
+  for (size_t i = all.size(); i > 1; --i)
+    std::swap(all[i - 1], all[static_cast<size_t>(random.below(static_cast<int64_t>(i)))]);
+  all.resize(static_cast<size_t>(rows));
+  for (int64_t& slot : all)
+    if (random.chance(25)) slot = -1 - random.below(3);
+  return all;
+}
+
 template <int N, class... I>
 double get(const View<N>& v, I... index) {
   return v ? load(v.at(index...), v.dtype) : 0.0;

@@ -21,6 +21,7 @@
 #include "parallel.h"
 #include "rms_norm/rms_norm.h"
 #include "selective_scan/selective_scan.h"
+#include "softmax_scan_cases.h"
 
 namespace recurra::test {
 namespace {
@@ -139,18 +140,6 @@ void linear_scan_backward_case(Case& c, const Shape& s) {
   };
 }
 
-// Which state each row uses: some skip, none is used twice.
-std::vector<int64_t> slots(Random& random, int64_t rows, int64_t states) {
-  std::vector<int64_t> all(static_cast<size_t>(states));
-  for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int64_t>(i);
-  for (size_t i = all.size(); i > 1; --i)
-    std::swap(all[i - 1], all[static_cast<size_t>(random.below(static_cast<int64_t>(i)))]);
-  all.resize(static_cast<size_t>(rows));
-  for (int64_t& slot : all)
-    if (random.chance(25)) slot = -1 - random.below(3);
-  return all;
-}
-
 void linear_scan_step_case(Case& c, const Shape& s) {
   LinearScanStep args;
   const DType dtype = activation(c.random);
@@ -183,7 +172,7 @@ void linear_scan_step_case(Case& c, const Shape& s) {
   };
 }
 
-// The other two ops have oracles in Python; here their instruction sets are compared.
+// The other ops have oracles in Python; here their instruction sets are compared.
 
 template <class Args>
 std::shared_ptr<std::vector<ConvSpan>> cut_spans(Args& args) {
@@ -456,6 +445,9 @@ constexpr Op kOps[] = {
     {"selective_scan", selective_scan_case, {1, 1050, 2080}},
     {"selective_scan_backward", selective_scan_backward_case, {1, 1050, 2080}},
     {"selective_scan_step", selective_scan_step_case, {1, 300, 512}},
+    {"softmax_scan", softmax_scan_case, {1, 1050, 2080}},
+    {"softmax_scan_backward", softmax_scan_backward_case, {1, 1050, 2080}},
+    {"softmax_scan_step", softmax_scan_step_case, {1, 300, 512}},
     {"linear_step", linear_step_case, {1, 700, 1040}},
     {"rms_norm", rms_norm_case, {3, 700, 300}},
     {"rms_norm_backward", rms_norm_backward_case, {3, 700, 300}},

@@ -8,6 +8,7 @@ from recurra.reference import cells
 from recurra.reference.causal_conv1d import causal_conv1d, causal_conv1d_step
 from recurra.reference.linear_scan import linear_scan, linear_scan_step
 from recurra.reference.selective_scan import selective_scan, selective_scan_step
+from recurra.reference.softmax_scan import softmax_scan, softmax_scan_step
 
 __all__ = [
     "causal_conv1d",
@@ -17,4 +18,6 @@ __all__ = [
     "linear_scan_step",
     "selective_scan",
     "selective_scan_step",
+    "softmax_scan",
+    "softmax_scan_step",
 ]

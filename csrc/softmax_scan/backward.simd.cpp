@@ -1,0 +1,227 @@
+// A task is one run of sequences by one span of channels, walked backwards in chunks: the states of
+// a chunk are computed again from the one that was saved before it and kept, with their weights, in
+// the second cache; then the chunk is walked backwards. Row by row, so that memory is read and
+// written as it lies.
+#include "partial_sums.h"
+#include "softmax_scan/lanes.h"
+
+namespace recurra::RECURRA_ISA {
+namespace {
+
+using namespace softmax;
+
+constexpr int kHeld = kParts + 1;  // m, c and a after a step, and e^{-|x - s|}
+
+template <class T>
+struct Held {
+  static constexpr int64_t kStride = kWidest<T> + kLanes;
+  T x[kSoftmaxChunk][kHeld][kStride] __attribute__((aligned(64)));
+};
+
+// Rows of m, c and a, `apart` from each other.
+template <class T>
+struct StateRows {
+  const T* m;
+  int64_t apart;
+  RECURRA_INLINE State<T> at(int64_t c) const {
+    return {Vec<T>::load(m + c), Vec<T>::load(m + apart + c), Vec<T>::load(m + 2 * apart + c)};
+  }
+};
+
+// What a span has along the walk: its parameters and their gradients, and the cotangent of the
+// state, in which the maximum is what it has of its own.
+template <class T>
+struct Span {
+  Row<T> decay, bonus, excess, C, A;
+  T *to_decay, *to_bonus;
+};
+
+template <class T>
+RECURRA_INLINE void recompute(const T* s, const T* v, int64_t channels, const Row<T>& decay,
+                              const StateRows<T>& before, T (&held)[kHeld][Held<T>::kStride]) {
+#pragma GCC unroll 2
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const State<T> state = before.at(c);
+    const Vec<T> score = Vec<T>::load(s + c), x = state.m - Vec<T>::load(decay.x + c);
+    const Vec<T> small = exp_minus_abs(x - score);
+    const State<T> after = advance(state, x, weights(x, score, small), score, Vec<T>::load(v + c));
+    after.m.store(held[0] + c);
+    after.c.store(held[1] + c);
+    after.a.store(held[2] + c);
+    small.store(held[3] + c);
+  }
+}
+
+template <bool Bonus, class T>
+RECURRA_INLINE void reverse(const T* s, const T* v, const T* d_o, T* ds, T* dv, int64_t channels,
+                            bool past, const StateRows<T>& before,
+                            const T (&held)[kHeld][Held<T>::kStride], Span<T>& span) {
+  const Vec<T> zero(T(0)), one(T(1)), half(T(0.5));
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    Vec<T> C = Vec<T>::load(span.C.x + c), A = Vec<T>::load(span.A.x + c),
+           excess = Vec<T>::load(span.excess.x + c);
+    const State<T> previous = before.at(c);
+    const Vec<T> score = Vec<T>::load(s + c), value = Vec<T>::load(v + c);
+    const Vec<T> cotangent = d_o ? Vec<T>::load(d_o + c) : zero;
+    if (!Bonus) {
+      const Vec<T> den = Vec<T>::load(held[1] + c);
+      const Vec<T> inverse = select(den == zero, zero, one / den), y = cotangent * inverse;
+      A = A + y;
+      C = fma(-y, Vec<T>::load(held[2] + c) * inverse, C);
+    }
+    const Vec<T> x = previous.m - Vec<T>::load(span.decay.x + c);
+    const auto above = score > x;
+    const auto [f, g] = weights(x, score, Vec<T>::load(held[3] + c));
+    const Vec<T> shared = select(x == score, half * excess, zero);
+    Vec<T> to_s = fma(g, fma(value, A, C), select(above, excess, shared));
+    Vec<T> to_v = g * A;
+    excess = select(above, zero, excess - shared);
+    C = f * C;
+    A = f * A;
+    if (span.to_decay)
+      (Vec<T>::load(span.to_decay + c) - (fma(C, previous.c, A * previous.a) + excess))
+          .store(span.to_decay + c);
+    if (Bonus) {
+      const Weights<T> w = weights(previous.m, score + Vec<T>::load(span.bonus.x + c));
+      const Vec<T> den = fma(w.x, previous.c, w.y);
+      const Vec<T> inverse = select(den == zero, zero, one / den), y = cotangent * inverse;
+      const Vec<T> o = fma(w.x, previous.a, w.y * value) * inverse;
+      const Vec<T> now = w.y * y, older = w.x * y, to_score = now * (value - o);
+      to_v = to_v + now;
+      to_s = to_s + to_score;
+      (Vec<T>::load(span.to_bonus + c) + to_score).store(span.to_bonus + c);
+      A = A + older;
+      C = fma(-older, o, C);
+    }
+    C.store(span.C.x + c);
+    A.store(span.A.x + c);
+    excess.store(span.excess.x + c);
+    past ? to_s.stream(ds + c) : to_s.store(ds + c);
+    past ? to_v.stream(dv + c) : to_v.store(dv + c);
+  }
+}
+
+// The sums of the runs, in order.
+template <class T>
+void write_parameters(const SoftmaxScanBackward& args) {
+  const int64_t channels = args.v.size[2], padded = args.padded();
+  T* const sums = static_cast<T*>(args.sums);
+  for (int64_t part = 1; part < args.parts; ++part)
+    for (int64_t i = 0; i < 2 * padded; i += kLanes)
+      (Vec<T>::load(sums + i) + Vec<T>::load(sums + part * 2 * padded + i)).store(sums + i);
+  const View<1>* views[] = {&args.ddecay, &args.dbonus};
+  for (int i = 0; i < 2; ++i)
+    if (*views[i]) {
+      const Plane to{views[i]->at(0), views[i]->dtype, 0, views[i]->step(0)};
+      store_tile<T>(to, 1, channels, sums + i * padded, padded, false);
+    }
+}
+
+template <class T>
+void run(const SoftmaxScanBackward& args) {
+  const int64_t channels = args.v.size[2], padded = args.padded();
+  const bool reduced = static_cast<bool>(args.partial);
+  const bool in_place = !reduced && is_rows<T>(args.s) && is_rows<T>(args.v) &&
+                        is_rows<T>(args.d_o) && is_rows<T>(args.ds) && is_rows<T>(args.dv);
+  const Cut shape = cut<T>(args.v, in_place, args.parts);
+  const int64_t count = args.dv.size[0] * args.dv.size[1] * channels;
+  const bool stream = count * item_size(args.dv.dtype) >= kStreamFrom;
+
+  parallel_unless(count < 1 << 14, args.parts * shape.spans, [&](int64_t task) {
+    const int64_t part = task / shape.spans, c0 = task % shape.spans * shape.width;
+    const int64_t nc = channels - c0 < shape.width ? channels - c0 : shape.width;
+    TileRows<T> s_rows, v_rows, o_rows, ds_rows, dv_rows;
+    Held<T> held;
+    Span<T> span;
+    load_decay(args.decay, c0, nc, span.decay);
+    load_parameter(args.bonus, c0, nc, span.bonus);
+    T* const sums = static_cast<T*>(args.sums) + part * 2 * padded + c0;
+    span.to_decay = args.decay ? sums : nullptr;
+    span.to_bonus = sums + padded;
+    Row<T>* const carry[] = {&span.excess, &span.C, &span.A};
+
+    const int64_t first = part * args.sequences.count / args.parts;
+    const int64_t last = (part + 1) * args.sequences.count / args.parts;
+    for (int64_t n = first; n < last; ++n) {
+      const Sequence seq = args.sequences[n];
+      const Plane s_plane = plane(args.s, seq, false, c0), v_plane = plane(args.v, seq, false, c0),
+                  o_plane = plane(args.d_o, seq, false, c0), to_s = plane(args.ds, seq, false, c0),
+                  to_v = plane(args.dv, seq, false, c0);
+      const bool past = in_place && stream && may_stream<T>(to_s) && may_stream<T>(to_v);
+      for (int i = 0; i < kParts; ++i)
+        load_row(state_plane(args.dh_last, n, i, c0), nc, carry[i]->x, kWidest<T>);
+      // The cotangent of the maximum, from what it has of its own or the other way. Equal terms
+      // in both, so that a state carried from one call to the next brings nothing new.
+      const auto exchange = [&](const StateRows<T>& state, bool own) {
+        for (int64_t c = 0; c < nc; c += kLanes) {
+          const State<T> h = state.at(c);
+          T* const to = span.excess.x + c;
+          const Vec<T> shared =
+              fma(Vec<T>::load(span.C.x + c), h.c, Vec<T>::load(span.A.x + c) * h.a);
+          (own ? Vec<T>::load(to) - shared : shared + Vec<T>::load(to)).store(to);
+        }
+      };
+      const int64_t chunks = (seq.length() + kSoftmaxChunk - 1) / kSoftmaxChunk;
+      for (int64_t k = chunks - 1; k >= 0; --k) {
+        const int64_t t0 = k * kSoftmaxChunk, left = seq.length() - t0;
+        const int64_t steps = left < kSoftmaxChunk ? left : kSoftmaxChunk;
+        const auto load = [&](const Plane& p, TileRows<T>& to) {
+          return p ? load_tile<T>(p.at(t0, 0), steps, nc, to.x, kRow<T>) : Tile<T>{nullptr, 0};
+        };
+        const Tile<T> s = load(s_plane, s_rows), v = load(v_plane, v_rows),
+                      d_o = load(o_plane, o_rows);
+        const StateRows<T> saved{
+            static_cast<const T*>(args.saved) +
+                args.sequences.chunk_row(n, k, kSoftmaxChunk) * kParts * padded + c0,
+            padded};
+        const auto before = [&](int64_t t) {
+          return t > 0 ? StateRows<T>{held.x[t - 1][0], Held<T>::kStride} : saved;
+        };
+        for (int64_t t = 0; t < steps; ++t)
+          recompute(s.row(t), v.row(t), nc, span.decay, before(t), held.x[t]);
+        if (k == chunks - 1) exchange(before(steps), true);
+        const Tile<T> ds = in_place
+                               ? Tile<T>{reinterpret_cast<T*>(to_s.at(t0, 0).data), to_s.stride_t}
+                               : Tile<T>{ds_rows.x, kRow<T>};
+        const Tile<T> dv = in_place
+                               ? Tile<T>{reinterpret_cast<T*>(to_v.at(t0, 0).data), to_v.stride_t}
+                               : Tile<T>{dv_rows.x, kRow<T>};
+        for (int64_t t = steps - 1; t >= 0; --t) {
+          if (in_place && k > 0)
+            for (int64_t i = steps - 1 - t; i < kSoftmaxChunk; i += steps)
+              for (const Plane* p : {&s_plane, &v_plane, &o_plane})
+                if (*p) prefetch_row(*p, t0 - kSoftmaxChunk + i, nc);
+          const T* cotangent = d_o.data ? d_o.row(t) : nullptr;
+          args.bonus ? reverse<true>(s.row(t), v.row(t), cotangent, ds.row(t), dv.row(t), nc, past,
+                                     before(t), held.x[t], span)
+                     : reverse<false>(s.row(t), v.row(t), cotangent, ds.row(t), dv.row(t), nc, past,
+                                      before(t), held.x[t], span);
+        }
+        if (k == 0) exchange(saved, false);
+        if (in_place) continue;
+        store_tile<T>(to_v.at(t0, 0), steps, nc, dv.data, kRow<T>, stream);
+        if (!reduced) {
+          store_tile<T>(to_s.at(t0, 0), steps, nc, ds.data, kRow<T>, stream);
+          continue;
+        }
+        const int64_t block = args.s.size[2] == 1 ? c0 / kLanes : c0;
+        accumulate<T>(args.s,
+                      plane(args.partial, seq, false, 0).at(args.s.size[1] == 1 ? 0 : t0, block),
+                      steps, nc, ds.data, kRow<T>);
+      }
+      for (int i = 0; i < kParts; ++i)
+        store_tile<T>(state_plane(args.dh0, n, i, c0), 1, nc, carry[i]->x, kWidest<T>, false);
+    }
+    if (stream) fence();
+  });
+  write_parameters<T>(args);
+  if (reduced) write_sums<T>(args.partial, args.ds);
+}
+
+}  // namespace
+
+void softmax_scan_backward(const SoftmaxScanBackward& args) {
+  computes_in_double(args.v.dtype) ? run<double>(args) : run<float>(args);
+}
+
+}  // namespace recurra::RECURRA_ISA

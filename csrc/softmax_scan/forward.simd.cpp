@@ -1,0 +1,115 @@
+// A task is one sequence by one span of channels and walks along time, row by row, so that memory
+// is read and written as it lies. One or two exponentials and a division an element take about as
+// long as two threads wait for the memory.
+#include "softmax_scan/lanes.h"
+
+namespace recurra::RECURRA_ISA {
+namespace {
+
+using namespace softmax;
+
+template <class T>
+struct Parameters {
+  Row<T> decay, bonus;
+};
+
+// One step of a span.
+template <bool Bonus, class T>
+RECURRA_INLINE void walk(const T* s, const T* v, T* o, int64_t channels, bool past,
+                         const Parameters<T>& p, States<T>& h) {
+#pragma GCC unroll 2
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const Vec<T> score = Vec<T>::load(s + c), value = Vec<T>::load(v + c);
+    State<T> state = h.at(c);
+    Vec<T> den, num;
+    if (Bonus) {
+      const Weights<T> w = weights(state.m, score + Vec<T>::load(p.bonus.x + c));
+      den = fma(w.x, state.c, w.y);
+      num = fma(w.x, state.a, w.y * value);
+    }
+    const Vec<T> x = state.m - Vec<T>::load(p.decay.x + c);
+    state = advance(state, x, weights(x, score), score, value);
+    if (!Bonus) {
+      den = state.c;
+      num = state.a;
+    }
+    h.put(c, state);
+    const Vec<T> mean = select(den == Vec<T>(T(0)), T(0), num / den);
+    past ? mean.stream(o + c) : mean.store(o + c);
+  }
+}
+
+template <class T>
+void run(const SoftmaxScan& args) {
+  const int64_t channels = args.v.size[2], padded = args.padded();
+  const bool in_place = is_rows<T>(args.s) && is_rows<T>(args.v) && is_rows<T>(args.o);
+  const Cut shape = cut<T>(args.v, in_place, args.sequences.count);
+  const int64_t count = args.o.size[0] * args.o.size[1] * channels;
+  const bool stream = count * item_size(args.o.dtype) >= kStreamFrom;
+
+  // Threads cost more than they save below some tens of thousands of elements.
+  parallel_unless(count < 1 << 14, args.sequences.count * shape.spans, [&](int64_t task) {
+    const int64_t n = task / shape.spans, c0 = task % shape.spans * shape.width;
+    const int64_t nc = channels - c0 < shape.width ? channels - c0 : shape.width;
+    const int64_t slot = args.slots ? args.slots[n] : n;
+    const Sequence seq = args.sequences[n];
+    const Plane s_plane = plane(args.s, seq, false, c0), v_plane = plane(args.v, seq, false, c0),
+                out = plane(args.o, seq, false, c0);
+    TileRows<T> s_rows, v_rows, o_rows;
+    if (slot < 0) {
+      for (int64_t t = 0; t < seq.length(); ++t) {
+        load_row<T>({}, nc, o_rows.x, kRow<T>);
+        for (int64_t c = 0; c < nc; c += kTiled<T>)
+          store_tile<T>(out.at(t, c), 1, nc - c < kTiled<T> ? nc - c : kTiled<T>, o_rows.x, kRow<T>,
+                        false);
+      }
+      return;
+    }
+    Parameters<T> parameters;
+    load_decay(args.decay, c0, nc, parameters.decay);
+    load_parameter(args.bonus, c0, nc, parameters.bonus);
+    States<T> h;
+    for (int i = 0; i < kParts; ++i)
+      load_row(state_plane(args.h0, slot, i, c0), nc, h.part[i].x, kWidest<T>);
+    const Vec<T> empty{kEmpty<T>};
+    for (int64_t c = 0; c < nc; c += kLanes)
+      (args.h0 ? at_least(empty, Vec<T>::load(h.part[0].x + c)) : empty).store(h.part[0].x + c);
+
+    const bool direct = rows_in_place<T>(out, nc), past = direct && stream && may_stream<T>(out);
+    for (int64_t t0 = 0; t0 < seq.length(); t0 += kSoftmaxChunk) {
+      const int64_t left = seq.length() - t0;
+      const int64_t steps = left < kSoftmaxChunk ? left : kSoftmaxChunk;
+      if (args.saved) {
+        const int64_t row = args.sequences.chunk_row(n, t0 / kSoftmaxChunk, kSoftmaxChunk);
+        for (int i = 0; i < kParts; ++i)
+          for (int64_t c = 0; c < nc; c += kLanes)
+            Vec<T>::load(h.part[i].x + c)
+                .store(static_cast<T*>(args.saved) + (row * kParts + i) * padded + c0 + c);
+      }
+      const Tile<T> s = load_tile<T>(s_plane.at(t0, 0), steps, nc, s_rows.x, kRow<T>);
+      const Tile<T> v = load_tile<T>(v_plane.at(t0, 0), steps, nc, v_rows.x, kRow<T>);
+      for (int64_t t = 0; t < steps; ++t) {
+        if (in_place && t + kAhead < left) {
+          prefetch_row(s_plane, t0 + t + kAhead, nc);
+          prefetch_row(v_plane, t0 + t + kAhead, nc);
+        }
+        T* const to =
+            direct ? reinterpret_cast<T*>(out.at(t0 + t, 0).data) : o_rows.x + t * kRow<T>;
+        args.bonus ? walk<true>(s.row(t), v.row(t), to, nc, past, parameters, h)
+                   : walk<false>(s.row(t), v.row(t), to, nc, past, parameters, h);
+      }
+      if (!direct) store_tile<T>(out.at(t0, 0), steps, nc, o_rows.x, kRow<T>, stream);
+    }
+    for (int i = 0; i < kParts; ++i)
+      store_tile<T>(state_plane(args.h_last, slot, i, c0), 1, nc, h.part[i].x, kWidest<T>, false);
+    if (stream) fence();
+  });
+}
+
+}  // namespace
+
+void softmax_scan(const SoftmaxScan& args) {
+  computes_in_double(args.v.dtype) ? run<double>(args) : run<float>(args);
+}
+
+}  // namespace recurra::RECURRA_ISA

@@ -1,0 +1,117 @@
+// What the forward and the backward of softmax_scan share: the state in lanes and how it advances.
+#pragma once
+#include "math/functions.h"
+#include "softmax_scan/softmax_scan.h"
+#include "tile.h"
+
+namespace recurra::RECURRA_ISA::softmax {
+
+// Channels of a row: 2 KiB where rows lie in memory as they are worked on, 1 KiB in a tile.
+template <class T>
+constexpr int64_t kWidest = 2048 / sizeof(T);
+template <class T>
+constexpr int64_t kTiled = 1024 / sizeof(T);
+// One vector more than a power of two, so that columns do not crowd into a part of the first cache.
+template <class T>
+constexpr int64_t kRow = kTiled<T> + kLanes;
+constexpr int64_t kAhead = 16;            // rows by which rows are prefetched
+constexpr int64_t kStreamFrom = 8 << 20;  // bytes of output that no cache should hold
+constexpr int kParts = 3;                 // of a state: m, c, a
+
+template <class T>
+struct TileRows {
+  T x[kSoftmaxChunk * kRow<T>] __attribute__((aligned(64)));
+};
+template <class T>
+struct Row {
+  T x[kWidest<T>] __attribute__((aligned(64)));
+};
+
+// How channels are cut: wide rows where nothing needs a tile, and enough tasks in any case.
+struct Cut {
+  int64_t width, spans;
+};
+template <class T>
+RECURRA_INLINE Cut cut(const View<3>& lead, bool in_place, int64_t runs) {
+  const bool time_first = lead.step(2) != 1 && (lead.step(1) == 1 || lead.step(1) == -1);
+  int64_t width = in_place ? kWidest<T> : time_first ? kTiled<T> / 2 : kTiled<T>;
+  const auto spans = [&] { return (lead.size[2] + width - 1) / width; };
+  while (width > (time_first ? kLanes : 64) && runs * spans() < (time_first ? 8 : 2)) width /= 2;
+  return {width, spans()};
+}
+
+template <class T>
+RECURRA_INLINE bool is_rows(const View<3>& v) {
+  return !v || (v.dtype == kDType<T> && v.step(2) == 1 && v.size[2] % kLanes == 0);
+}
+
+// The maximum of an empty state, below that of any other; taking a decay away leaves it as it is.
+template <class T>
+constexpr T kEmpty = T(-1e38);
+template <class T>
+constexpr T kLargestDecay = sizeof(T) == 4 ? T(1e30) : T(1e21);
+
+template <class T>
+struct State {
+  Vec<T> m, c, a;
+};
+
+// The states of a span.
+template <class T>
+struct States {
+  Row<T> part[kParts];
+  RECURRA_INLINE State<T> at(int64_t c) const {
+    return {Vec<T>::load(part[0].x + c), Vec<T>::load(part[1].x + c), Vec<T>::load(part[2].x + c)};
+  }
+  RECURRA_INLINE void put(int64_t c, const State<T>& h) {
+    h.m.store(part[0].x + c);
+    h.c.store(part[1].x + c);
+    h.a.store(part[2].x + c);
+  }
+};
+
+// e^{x - q} and e^{y - q} for q = max(x, y), of which one is 1 and the other e^{-|x - y|}.
+template <class T>
+struct Weights {
+  Vec<T> x, y;
+};
+template <class T>
+RECURRA_INLINE Weights<T> weights(Vec<T> x, Vec<T> y, Vec<T> small) {
+  const Vec<T> one(T(1));
+  const auto above = y > x;
+  return {select(above, small, one), select(above, one, small)};
+}
+template <class T>
+RECURRA_INLINE Weights<T> weights(Vec<T> x, Vec<T> y) {
+  return weights(x, y, exp_minus_abs(x - y));
+}
+
+// The state after a step, of which x = m - decay and the weights of x and s are known.
+template <class T>
+RECURRA_INLINE State<T> advance(const State<T>& h, Vec<T> x, const Weights<T>& w, Vec<T> s,
+                                Vec<T> v) {
+  // max() alone would lose a NaN in x.
+  return {select(x == x, max(x, s), x), fma(w.x, h.c, w.y), fma(w.x, h.a, w.y * v)};
+}
+
+// The part i of the states of sequence n as one row.
+RECURRA_INLINE Plane state_plane(const View<3>& v, int64_t n, int i, int64_t channel) {
+  if (!v) return {};
+  return {v.at(n, i, channel), v.dtype, 0, v.step(2)};
+}
+
+// A parameter of the span's channels; zeros where it is absent.
+template <class T>
+void load_parameter(const View<1>& v, int64_t channel, int64_t channels, Row<T>& row) {
+  Plane p;
+  if (v) p = {v.at(channel), v.dtype, 0, v.step(0)};
+  load_row(p, channels, row.x, kWidest<T>);
+}
+template <class T>
+void load_decay(const View<1>& v, int64_t channel, int64_t channels, Row<T>& row) {
+  load_parameter(v, channel, channels, row);
+  for (int64_t c = 0; c < channels; c += kLanes)
+    at_most(Vec<T>(kLargestDecay<T>), Vec<T>::load(row.x + c)).store(row.x + c);
+}
+
+}  // namespace recurra::RECURRA_ISA::softmax
