@@ -18,7 +18,7 @@ from transformers_models import FAMILIES, VOCABULARY, build, modelling_file
 
 # The hooks of each family that recurra serves; what is left runs on torch as before.
 SERVED = set(_hooks.BY_NAME)
-RECURRENCES = {r.module.split(".")[2]: r for r in _recurrences.ALL}
+RECURRENCES = {r.module.split(".")[2]: r for r in _recurrences.ALL if r.parameters}
 
 
 @pytest.fixture(autouse=True)
@@ -252,6 +252,7 @@ def test_uninstall_puts_everything_back():
             for h in _transformers.hooks(module)
         ]
         scan = gemma.RecurrentGemmaRglru._rnn_scan
+        scan = scan, hasattr(gemma.RecurrentGemmaRecurrentBlock, "conv_1d")
         return cells, scan, rwkv.rwkv_linear_attention_cpu, list(sys.meta_path), set(sys.modules)
 
     importlib.import_module("recurra.compat.fla.modules.conv")
@@ -259,7 +260,7 @@ def test_uninstall_puts_everything_back():
     recurra.uninstall()
     before = state()
     with recurra.install():
-        assert state()[0] != before[0] and state()[1] is not before[1]
+        assert state()[0] != before[0] and state()[1][0] is not before[1][0] and state()[1][1]
         recurra.install()  # a second one
         assert state()[2] is not before[2]
     recurra.uninstall()
@@ -314,6 +315,7 @@ def test_report_tells_layers_and_kernels(capsys):
         ("integrations/hub_kernels.py", "is_new_implementation", "fresh", "hub_kernels.py"),
         ("models/rwkv/modeling_rwkv.py", "time_first, key", "key, time_first", "rwkv_linear"),
         ("models/recurrent_gemma/modeling_recurrent_gemma.py", "_rnn_scan", "_scan", "_rnn_scan"),
+        ("models/recurrent_gemma/modeling_recurrent_gemma.py", "conv_1d", "conv", "conv_1d"),
     ],
 )
 def test_unknown_transformers_is_left_alone(monkeypatch, file, text, replacement, missing):

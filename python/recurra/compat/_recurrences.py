@@ -1,4 +1,4 @@
-"""The recurrences of transformers' models that have no hook."""
+"""The recurrences of transformers' models that have no hook, and the convolution before one."""
 
 from __future__ import annotations
 
@@ -7,31 +7,59 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recurra import ops
+from recurra.compat._common import parameter
 
 
 class Recurrence(NamedTuple):
-    """A function of a modelling file, by its name there, and what takes its place."""
+    """A function of a modelling file, by its name there, and what takes its place; or, without
+    parameters, a module that a class of the file has under that name."""
 
     module: str
     name: str
     layer: str
-    parameters: tuple[str, ...]
-    make: Callable[[Callable], Callable]
+    parameters: tuple[str, ...] | None
+    make: Callable
 
     @property
     def file(self) -> str:
         return self.module.removeprefix("transformers.").replace(".", "/") + ".py"
 
     def patch(self, module: ModuleType) -> Callable[[], None]:
-        """Replaces the function; returns what puts it back."""
+        """Replaces it; returns what puts it back."""
         *owner, name = self.name.split(".")
         place = getattr(module, owner[0]) if owner else module
+        if self.parameters is None:
+            # Found before the module, which stays where it is registered.
+            setattr(place, name, property(lambda layer: self.make(layer._modules[name])))
+            return lambda: delattr(place, name)
         original = getattr(place, name)
         setattr(place, name, self.make(original))
         return lambda: setattr(place, name, original)
+
+
+class _Convolution:
+    """A causal nn.Conv1d as its layer uses it: called, or asked for its parameters."""
+
+    def __init__(self, module: nn.Conv1d):
+        self._module = module
+
+    def __getattr__(self, name: str):
+        return getattr(self._module, name)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        conv = self._module
+        if (
+            not x.is_cpu
+            or conv.weight.shape[2] < 2
+            or conv._forward_hooks
+            or conv._forward_pre_hooks
+        ):
+            return conv(x)
+        weight, bias = parameter(conv.weight[:, 0], x), parameter(conv.bias, x)
+        return ops.causal_conv1d(x.transpose(1, 2), weight, bias)[0].transpose(1, 2)
 
 
 def _rg_lru(original: Callable) -> Callable:
@@ -90,6 +118,13 @@ ALL = (
         "RecurrentGemmaRglru",
         ("self", "hidden_states", "recurrent_gate", "reset", "recurrent_states", "acc_dtype"),
         _rg_lru,
+    ),
+    Recurrence(
+        "transformers.models.recurrent_gemma.modeling_recurrent_gemma",
+        "RecurrentGemmaRecurrentBlock.conv_1d",
+        "RecurrentGemmaRecurrentBlock",
+        None,
+        _Convolution,
     ),
     Recurrence(
         "transformers.models.rwkv.modeling_rwkv",
