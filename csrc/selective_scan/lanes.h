@@ -156,18 +156,4 @@ void run_tasks(const SelectiveScan& args, const F& task) {
     parallel(tasks, task);
 }
 
-// Brings the lines of a tile closer while others are worked on.
-RECURRA_INLINE void prefetch_tile(const Plane& p, int64_t steps, int64_t channels) {
-  if (!p) return;
-  const int64_t item = item_size(p.dtype), line = 64 / item;
-  if (p.stride_c == 1) {
-    for (int64_t t = 0; t < steps; ++t)
-      for (int64_t c = 0; c < channels; c += line)
-        prefetch<2>(p.data + (t * p.stride_t + c) * item);
-  } else if (p.stride_t == 1) {
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t t = 0; t < steps; t += line) prefetch<2>(p.data + (t + c * p.stride_c) * item);
-  }
-}
-
 }  // namespace recurra::RECURRA_ISA

@@ -36,15 +36,17 @@ struct Span {
   T *to_decay, *to_bonus;
 };
 
-template <class T>
-RECURRA_INLINE void recompute(const T* s, const T* v, int64_t channels, const Row<T>& decay,
+template <DType S, class T>
+RECURRA_INLINE void recompute(const char* s, const char* v, int64_t channels, const Row<T>& decay,
                               const StateRows<T>& before, T (&held)[kHeld][Held<T>::kStride]) {
+  constexpr int64_t item = item_size(S);
 #pragma GCC unroll 2
   for (int64_t c = 0; c < channels; c += kLanes) {
     const State<T> state = before.at(c);
-    const Vec<T> score = Vec<T>::load(s + c), x = state.m - Vec<T>::load(decay.x + c);
+    const Vec<T> score = load_stored<T, S>(s + c * item), x = state.m - Vec<T>::load(decay.x + c);
     const Vec<T> small = exp_minus_abs(x - score);
-    const State<T> after = advance(state, x, weights(x, score, small), score, Vec<T>::load(v + c));
+    const State<T> after =
+        advance(state, x, weights(x, score, small), score, load_stored<T, S>(v + c * item));
     after.m.store(held[0] + c);
     after.c.store(held[1] + c);
     after.a.store(held[2] + c);
@@ -52,17 +54,18 @@ RECURRA_INLINE void recompute(const T* s, const T* v, int64_t channels, const Ro
   }
 }
 
-template <bool Bonus, class T>
-RECURRA_INLINE void reverse(const T* s, const T* v, const T* d_o, T* ds, T* dv, int64_t channels,
-                            bool past, const StateRows<T>& before,
+template <bool Bonus, DType S, class T>
+RECURRA_INLINE void reverse(const char* s, const char* v, const char* d_o, char* ds, char* dv,
+                            int64_t channels, bool past, const StateRows<T>& before,
                             const T (&held)[kHeld][Held<T>::kStride], Span<T>& span) {
+  constexpr int64_t item = item_size(S);
   const Vec<T> zero(T(0)), one(T(1)), half(T(0.5));
   for (int64_t c = 0; c < channels; c += kLanes) {
     Vec<T> C = Vec<T>::load(span.C.x + c), A = Vec<T>::load(span.A.x + c),
            excess = Vec<T>::load(span.excess.x + c);
     const State<T> previous = before.at(c);
-    const Vec<T> score = Vec<T>::load(s + c), value = Vec<T>::load(v + c);
-    const Vec<T> cotangent = d_o ? Vec<T>::load(d_o + c) : zero;
+    const Vec<T> score = load_stored<T, S>(s + c * item), value = load_stored<T, S>(v + c * item);
+    const Vec<T> cotangent = d_o ? load_stored<T, S>(d_o + c * item) : zero;
     if (!Bonus) {
       const Vec<T> den = Vec<T>::load(held[1] + c);
       const Vec<T> inverse = select(den == zero, zero, one / den), y = cotangent * inverse;
@@ -96,8 +99,8 @@ RECURRA_INLINE void reverse(const T* s, const T* v, const T* d_o, T* ds, T* dv, 
     C.store(span.C.x + c);
     A.store(span.A.x + c);
     excess.store(span.excess.x + c);
-    past ? to_s.stream(ds + c) : to_s.store(ds + c);
-    past ? to_v.stream(dv + c) : to_v.store(dv + c);
+    store_stored<T, S>(ds + c * item, to_s, past);
+    store_stored<T, S>(dv + c * item, to_v, past);
   }
 }
 
@@ -166,10 +169,11 @@ void run(const SoftmaxScanBackward& args) {
         const int64_t t0 = k * kSoftmaxChunk, left = seq.length() - t0;
         const int64_t steps = left < kSoftmaxChunk ? left : kSoftmaxChunk;
         const auto load = [&](const Plane& p, TileRows<T>& to) {
-          return p ? load_tile<T>(p.at(t0, 0), steps, nc, to.x, kRow<T>) : Tile<T>{nullptr, 0};
+          return read_rows(p, in_place, t0, steps, nc, to);
         };
-        const Tile<T> s = load(s_plane, s_rows), v = load(v_plane, v_rows),
-                      d_o = load(o_plane, o_rows);
+        const Rows s = load(s_plane, s_rows), v = load(v_plane, v_rows),
+                   d_o = load(o_plane, o_rows), ds = write_rows(to_s, in_place, t0, ds_rows),
+                   dv = write_rows(to_v, in_place, t0, dv_rows);
         const StateRows<T> saved{
             static_cast<const T*>(args.saved) +
                 args.sequences.chunk_row(n, k, kSoftmaxChunk) * kParts * padded + c0,
@@ -177,37 +181,41 @@ void run(const SoftmaxScanBackward& args) {
         const auto before = [&](int64_t t) {
           return t > 0 ? StateRows<T>{held.x[t - 1][0], Held<T>::kStride} : saved;
         };
-        for (int64_t t = 0; t < steps; ++t)
-          recompute(s.row(t), v.row(t), nc, span.decay, before(t), held.x[t]);
-        if (k == chunks - 1) exchange(before(steps), true);
-        const Tile<T> ds = in_place
-                               ? Tile<T>{reinterpret_cast<T*>(to_s.at(t0, 0).data), to_s.stride_t}
-                               : Tile<T>{ds_rows.x, kRow<T>};
-        const Tile<T> dv = in_place
-                               ? Tile<T>{reinterpret_cast<T*>(to_v.at(t0, 0).data), to_v.stride_t}
-                               : Tile<T>{dv_rows.x, kRow<T>};
-        for (int64_t t = steps - 1; t >= 0; --t) {
-          if (in_place && k > 0)
-            for (int64_t i = steps - 1 - t; i < kSoftmaxChunk; i += steps)
-              for (const Plane* p : {&s_plane, &v_plane, &o_plane})
-                if (*p) prefetch_row(*p, t0 - kSoftmaxChunk + i, nc);
-          const T* cotangent = d_o.data ? d_o.row(t) : nullptr;
-          args.bonus ? reverse<true>(s.row(t), v.row(t), cotangent, ds.row(t), dv.row(t), nc, past,
-                                     before(t), held.x[t], span)
-                     : reverse<false>(s.row(t), v.row(t), cotangent, ds.row(t), dv.row(t), nc, past,
-                                      before(t), held.x[t], span);
-        }
+        for_storage<T>(in_place ? to_v.dtype : kDType<T>, [&](auto dtype) RECURRA_LAMBDA {
+          constexpr DType S = DType(dtype.value);
+          for (int64_t t = 0; t < steps; ++t)
+            recompute<S>(s.row(t), v.row(t), nc, span.decay, before(t), held.x[t]);
+          if (k == chunks - 1) exchange(before(steps), true);
+          for (int64_t t = steps - 1; t >= 0; --t) {
+            // The chunk that comes next, a part of it with every step of this one.
+            const int64_t done = steps - 1 - t, from = done * kSoftmaxChunk / steps,
+                          end = (done + 1) * kSoftmaxChunk / steps;
+            for (const Plane* p : {&s_plane, &v_plane, &o_plane})
+              if (k == 0 || !*p)
+                continue;
+              else if (p->stride_c == 1)
+                for (int64_t i = from; i < end; ++i) prefetch_row(*p, t0 - kSoftmaxChunk + i, nc);
+              else
+                prefetch_tile(p->at(t0 - kSoftmaxChunk, from * nc / kSoftmaxChunk), kSoftmaxChunk,
+                              end * nc / kSoftmaxChunk - from * nc / kSoftmaxChunk);
+            const char* cotangent = d_o.data ? d_o.row(t) : nullptr;
+            args.bonus ? reverse<true, S>(s.row(t), v.row(t), cotangent, ds.row(t), dv.row(t), nc,
+                                          past, before(t), held.x[t], span)
+                       : reverse<false, S>(s.row(t), v.row(t), cotangent, ds.row(t), dv.row(t), nc,
+                                           past, before(t), held.x[t], span);
+          }
+        });
         if (k == 0) exchange(saved, false);
         if (in_place) continue;
-        store_tile<T>(to_v.at(t0, 0), steps, nc, dv.data, kRow<T>, stream);
+        store_tile<T>(to_v.at(t0, 0), steps, nc, dv_rows.x, kRow<T>, stream);
         if (!reduced) {
-          store_tile<T>(to_s.at(t0, 0), steps, nc, ds.data, kRow<T>, stream);
+          store_tile<T>(to_s.at(t0, 0), steps, nc, ds_rows.x, kRow<T>, stream);
           continue;
         }
         const int64_t block = args.s.size[2] == 1 ? c0 / kLanes : c0;
         accumulate<T>(args.s,
                       plane(args.partial, seq, false, 0).at(args.s.size[1] == 1 ? 0 : t0, block),
-                      steps, nc, ds.data, kRow<T>);
+                      steps, nc, ds_rows.x, kRow<T>);
       }
       for (int i = 0; i < kParts; ++i)
         store_tile<T>(state_plane(args.dh0, n, i, c0), 1, nc, carry[i]->x, kWidest<T>, false);

@@ -13,13 +13,14 @@ struct Parameters {
   Row<T> decay, bonus;
 };
 
-// One step of a span.
-template <bool Bonus, class T>
-RECURRA_INLINE void walk(const T* s, const T* v, T* o, int64_t channels, bool past,
+// One step of a span, whose numbers are stored as S.
+template <bool Bonus, DType S, class T>
+RECURRA_INLINE void walk(const char* s, const char* v, char* o, int64_t channels, bool past,
                          const Parameters<T>& p, States<T>& h) {
+  constexpr int64_t item = item_size(S);
 #pragma GCC unroll 2
   for (int64_t c = 0; c < channels; c += kLanes) {
-    const Vec<T> score = Vec<T>::load(s + c), value = Vec<T>::load(v + c);
+    const Vec<T> score = load_stored<T, S>(s + c * item), value = load_stored<T, S>(v + c * item);
     State<T> state = h.at(c);
     Vec<T> den, num;
     if (Bonus) {
@@ -34,8 +35,7 @@ RECURRA_INLINE void walk(const T* s, const T* v, T* o, int64_t channels, bool pa
       num = state.a;
     }
     h.put(c, state);
-    const Vec<T> mean = select(den == Vec<T>(T(0)), T(0), num / den);
-    past ? mean.stream(o + c) : mean.store(o + c);
+    store_stored<T, S>(o + c * item, select(den == Vec<T>(T(0)), T(0), num / den), past);
   }
 }
 
@@ -75,7 +75,7 @@ void run(const SoftmaxScan& args) {
     for (int64_t c = 0; c < nc; c += kLanes)
       (args.h0 ? at_least(empty, Vec<T>::load(h.part[0].x + c)) : empty).store(h.part[0].x + c);
 
-    const bool direct = rows_in_place<T>(out, nc), past = direct && stream && may_stream<T>(out);
+    const bool past = in_place && stream && may_stream<T>(out);
     for (int64_t t0 = 0; t0 < seq.length(); t0 += kSoftmaxChunk) {
       const int64_t left = seq.length() - t0;
       const int64_t steps = left < kSoftmaxChunk ? left : kSoftmaxChunk;
@@ -86,19 +86,21 @@ void run(const SoftmaxScan& args) {
             Vec<T>::load(h.part[i].x + c)
                 .store(static_cast<T*>(args.saved) + (row * kParts + i) * padded + c0 + c);
       }
-      const Tile<T> s = load_tile<T>(s_plane.at(t0, 0), steps, nc, s_rows.x, kRow<T>);
-      const Tile<T> v = load_tile<T>(v_plane.at(t0, 0), steps, nc, v_rows.x, kRow<T>);
-      for (int64_t t = 0; t < steps; ++t) {
-        if (in_place && t + kAhead < left) {
-          prefetch_row(s_plane, t0 + t + kAhead, nc);
-          prefetch_row(v_plane, t0 + t + kAhead, nc);
+      const Rows s = read_rows(s_plane, in_place, t0, steps, nc, s_rows),
+                 v = read_rows(v_plane, in_place, t0, steps, nc, v_rows),
+                 o = write_rows(out, in_place, t0, o_rows);
+      for_storage<T>(in_place ? out.dtype : kDType<T>, [&](auto dtype) RECURRA_LAMBDA {
+        constexpr DType S = DType(dtype.value);
+        for (int64_t t = 0; t < steps; ++t) {
+          if (in_place && t + kAhead < left) {
+            prefetch_row(s_plane, t0 + t + kAhead, nc);
+            prefetch_row(v_plane, t0 + t + kAhead, nc);
+          }
+          args.bonus ? walk<true, S>(s.row(t), v.row(t), o.row(t), nc, past, parameters, h)
+                     : walk<false, S>(s.row(t), v.row(t), o.row(t), nc, past, parameters, h);
         }
-        T* const to =
-            direct ? reinterpret_cast<T*>(out.at(t0 + t, 0).data) : o_rows.x + t * kRow<T>;
-        args.bonus ? walk<true>(s.row(t), v.row(t), to, nc, past, parameters, h)
-                   : walk<false>(s.row(t), v.row(t), to, nc, past, parameters, h);
-      }
-      if (!direct) store_tile<T>(out.at(t0, 0), steps, nc, o_rows.x, kRow<T>, stream);
+      });
+      if (!in_place) store_tile<T>(out.at(t0, 0), steps, nc, o_rows.x, kRow<T>, stream);
     }
     for (int i = 0; i < kParts; ++i)
       store_tile<T>(state_plane(args.h_last, slot, i, c0), 1, nc, h.part[i].x, kWidest<T>, false);

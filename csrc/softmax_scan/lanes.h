@@ -40,9 +40,32 @@ RECURRA_INLINE Cut cut(const View<3>& lead, bool in_place, int64_t runs) {
   return {width, spans()};
 }
 
+// Whether rows of a dtype that is computed in T lie in memory as they are worked on.
 template <class T>
 RECURRA_INLINE bool is_rows(const View<3>& v) {
-  return !v || (v.dtype == kDType<T> && v.step(2) == 1 && v.size[2] % kLanes == 0);
+  return !v || (is_storage<T>(v.dtype) && v.step(2) == 1 && v.size[2] % kLanes == 0);
+}
+
+// Steps of a span as they are stored.
+struct Rows {
+  char* data = nullptr;
+  int64_t stride = 0;  // bytes between rows
+  RECURRA_INLINE char* row(int64_t t) const { return data + t * stride; }
+};
+
+// Rows in memory, or a tile of T.
+template <class T>
+Rows read_rows(const Plane& p, bool in_place, int64_t t0, int64_t steps, int64_t channels,
+               TileRows<T>& rows) {
+  if (!p) return {};
+  if (in_place) return {p.at(t0, 0).data, p.stride_t * item_size(p.dtype)};
+  const Tile<T> tile = load_tile<T>(p.at(t0, 0), steps, channels, rows.x, kRow<T>);
+  return {reinterpret_cast<char*>(tile.data), tile.stride * static_cast<int64_t>(sizeof(T))};
+}
+template <class T>
+Rows write_rows(const Plane& p, bool in_place, int64_t t0, TileRows<T>& rows) {
+  if (in_place) return {p.at(t0, 0).data, p.stride_t * item_size(p.dtype)};
+  return {reinterpret_cast<char*>(rows.x), kRow<T> * static_cast<int64_t>(sizeof(T))};
 }
 
 // The maximum of an empty state, below that of any other; taking a decay away leaves it as it is.
