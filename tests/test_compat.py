@@ -221,9 +221,9 @@ REFUSED = {
     "state must have 3 or 4 dimensions": lambda: selective_state_update(
         W, X[..., 0], X[..., 0], W, W, W
     ),
-    "x1 must have shape": lambda: layer_norm.rms_norm_fn(X, W[0], None, x1=X[0]),
+    "x1 must have shape": lambda: layer_norm.rms_norm_fn(X, torch.ones(5), None, x1=X[0]),
     "group_size must divide dim = 5, got 2": (
-        lambda: layernorm_gated.rmsnorm_fn(X, W[0], None, group_size=2)
+        lambda: layernorm_gated.rmsnorm_fn(X, torch.ones(5), None, group_size=2)
     ),
     "cp_context must be None": lambda: fla_conv(X, W, cp_context=object()),
     r"weight must have shape \(D, W\), got None": lambda: fla_conv(X),

@@ -251,6 +251,37 @@ def test_convolution_step_gradients_and_reference():
         same(a, b)
 
 
+@pytest.mark.parametrize("wrong", [{"activation": "gelu"}, {"weight": torch.zeros(2, 4)}])
+def test_refused_step_leaves_the_state(wrong):
+    state = torch.randn(2, 3, 6)
+    before = state.clone()
+    arguments = {"x": torch.randn(2, 3), "conv_state": state, "weight": torch.zeros(3, 4)}
+    with pytest.raises(RuntimeError):
+        conv.causal_conv1d_update(**(arguments | wrong))
+    assert torch.equal(state, before)
+
+
+def test_steps_in_slots_record_gradients():
+    pool, x, dt, B, C = rand(4, 5, N), rand(2, 5), rand(2, 5), rand(2, N), rand(2, N)
+    A = -torch.rand(5, N, dtype=torch.float64).requires_grad_()
+    slots = torch.tensor([3, -1])
+
+    def ours(pool, x, dt, A, B, C):
+        mutable = pool.clone()
+        y = update.selective_state_update(
+            mutable, x, dt, A, B, C, dt_softplus=True, state_batch_indices=slots
+        )
+        return y, mutable
+
+    def oracle(pool, x, dt, A, B, C):
+        step = F.softplus(dt[0])[:, None]
+        h = torch.exp(step * A) * pool[3] + step * B[0] * x[0, :, None]
+        y = (h * C[0]).sum(-1)
+        return torch.stack([y, 0 * y]), torch.cat([pool[:3], h[None]])
+
+    same_gradients(ours, oracle, [pool, x, dt, A, B, C])
+
+
 def test_states_of_packed_sequences():
     x, ends = rand(11, 3), torch.tensor([0, 2, 2, 9, 11])
     states = causal_conv1d_varlen.causal_conv1d_varlen_states(x, ends, 4)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recurra import ops, reference
+from recurra._check import fail
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -44,6 +45,45 @@ def state(h: Tensor | None, x: Tensor) -> Tensor | None:
         return h
     dtype = torch.float32 if x.dtype in HALF else x.dtype
     return h if h.dtype == dtype else h.to(dtype)
+
+
+def check_shape(op: str, name: str, x: Tensor | None, letters: str, shape: tuple) -> None:
+    """Refuses a shape in the caller's layout and words; the ops know others."""
+    if x is not None and x.shape != shape:
+        fail(op, f"{name} must have shape {letters} = {shape}, got {tuple(x.shape)}")
+
+
+def check_dims(op: str, name: str, x: Tensor, letters: str) -> None:
+    """Refuses what does not have as many dimensions as ``letters``, like ``"(dim, width)"``."""
+    if x.dim() != letters.count(",") + 1:
+        fail(op, f"{name} must have shape {letters}, got {tuple(x.shape)}")
+
+
+def check_indices(op: str, name: str, x: Tensor, rows: int, states: int | None = None) -> None:
+    """Refuses what is not one integer a row, and with ``states`` what is not a place among so many
+    of its own, or negative."""
+    if x.dtype not in (torch.int32, torch.int64):
+        fail(
+            op, f"{name} must have dtype int32 or int64, got {str(x.dtype).removeprefix('torch.')}"
+        )
+    check_shape(op, name, x, "(batch,)", (rows,))
+    if states is None or torch.compiler.is_compiling():
+        return
+    used = [i for i in x.tolist() if i >= 0]
+    if any(i >= states for i in used):
+        fail(op, f"{name} must be less than the number of states, {states}, got {max(used)}")
+    if len(set(used)) < len(used):
+        twice = next(i for i in used if used.count(i) > 1)
+        fail(op, f"{name} must not repeat a state, got {twice} more than once")
+
+
+def check_written(op: str, name: str, x: Tensor) -> None:
+    """Refuses what cannot be written in place or is no number with a fraction."""
+    if not x.is_floating_point():
+        dtype = str(x.dtype).removeprefix("torch.")
+        fail(op, f"{name} must have dtype float32, float64, bfloat16 or float16, got {dtype}")
+    if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+        fail(op, f"{name} is written in place and must not be expanded, got strides {x.stride()}")
 
 
 def activation(name: str | None) -> str | None:

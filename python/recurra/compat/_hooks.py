@@ -1,7 +1,7 @@
 """What takes the place of the functions that transformers lets kernel packages replace.
 
-Each is made of the torch function that it replaces, which goes on taking what recurra's does not:
-other devices, other activations.
+Each is made of the torch function, which goes on taking what recurra's does not, such as other
+activations, and of the implementation that was in its place, which keeps other devices.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def takes(func_name: str, layer: nn.Module) -> bool:
     )
 
 
-def _convolution(torch_function: Callable) -> Callable:
+def _convolution(torch_function: Callable, former: Callable) -> Callable:
     def convolution(
         hidden_states: Tensor,
         weight: Tensor,
@@ -35,18 +35,23 @@ def _convolution(torch_function: Callable) -> Callable:
         seq_idx: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
+        packed = cu_seqlens is not None or seq_idx is not None
+        if packed and _scans(torch_function):
+            raise ValueError("the scans of this model can't keep packed sequences apart")
+        if not hidden_states.is_cpu and not packed:
+            return former(hidden_states, weight, bias, activation=activation)
         if cu_seqlens is not None and seq_idx is None:
             steps = torch.arange(hidden_states.shape[2], device=hidden_states.device)
             seq_idx = torch.bucketize(steps, cu_seqlens[1:], right=True)[None]
-        fits = hidden_states.is_cpu and activation in _ACTIVATIONS and weight.shape[1] > 1
-        if not fits and seq_idx is None:
+        fits = activation in _ACTIVATIONS and weight.shape[1] > 1
+        if not fits and not packed:
             return torch_function(hidden_states, weight, bias, activation)
         return causal_conv1d_fn(hidden_states, weight, bias, seq_idx, activation=activation)
 
     return convolution
 
 
-def _convolution_update(torch_function: Callable) -> Callable:
+def _convolution_update(torch_function: Callable, former: Callable) -> Callable:
     def convolution_update(
         hidden_states: Tensor,
         conv_state: Tensor,
@@ -54,14 +59,21 @@ def _convolution_update(torch_function: Callable) -> Callable:
         bias: Tensor | None = None,
         activation: str | None = None,
     ) -> Tensor:
-        if hidden_states.is_cpu and activation in _ACTIVATIONS and weight.shape[1] > 1:
+        if not hidden_states.is_cpu:
+            return former(hidden_states, conv_state, weight, bias, activation)
+        if activation in _ACTIVATIONS and weight.shape[1] > 1:
             return causal_conv1d_update(hidden_states, conv_state, weight, bias, activation)
         return torch_function(hidden_states, conv_state, weight, bias, activation)
 
     return convolution_update
 
 
-def _inner(torch_function: Callable) -> Callable:
+def _scans(torch_function: Callable) -> bool:
+    """Whether the file of a convolution has Mamba's scan, which gets no ``seq_idx``."""
+    return "mamba_selective_scan" in torch_function.__globals__
+
+
+def _inner(torch_function: Callable, former: Callable) -> Callable:
     # transformers' models go on by convolution and scan where this returns None, with the same
     # kernels. mamba_inner_fn itself knows no padding mask.
     def inner(*args) -> None:
@@ -70,7 +82,7 @@ def _inner(torch_function: Callable) -> Callable:
     return inner
 
 
-def _scan(torch_function: Callable) -> Callable:
+def _scan(torch_function: Callable, former: Callable) -> Callable:
     def scan(
         hidden_states: Tensor,
         dt: Tensor,
@@ -85,7 +97,7 @@ def _scan(torch_function: Callable) -> Callable:
     ):
         args = (hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
         if not hidden_states.is_cpu:
-            return torch_function(*args)
+            return former(*args)
         dtype = _widest(hidden_states, dt, B, C, z)
         u, dt, B, C, z = _cast(dtype, hidden_states, dt, B, C, z)
         return selective_scan_fn(
@@ -95,7 +107,7 @@ def _scan(torch_function: Callable) -> Callable:
     return scan
 
 
-def _update(torch_function: Callable) -> Callable:
+def _update(torch_function: Callable, former: Callable) -> Callable:
     def update(
         state: Tensor,
         hidden_states: Tensor,
@@ -109,7 +121,7 @@ def _update(torch_function: Callable) -> Callable:
         dt_softplus: bool = False,
     ) -> Tensor:
         if not hidden_states.is_cpu:
-            return torch_function(
+            return former(
                 state, hidden_states, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus
             )
         dtype = _widest(hidden_states, dt, B, C, z)
@@ -128,7 +140,7 @@ def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
-BY_NAME: dict[str, Callable[[Callable], Callable]] = {
+BY_NAME: dict[str, Callable[[Callable, Callable], Callable]] = {
     "causal_conv1d_fn": _convolution,
     "causal_conv1d_update": _convolution_update,
     "mamba_inner_fn": _inner,

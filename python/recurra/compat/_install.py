@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from recurra.compat import _packages, _transformers
 
 
@@ -24,8 +22,7 @@ class Installation:
         if _current is not self:
             return
         _current = None
-        if self._patches is not None:
-            self._patches.remove()
+        self._patches.remove()
         self._stand_ins.uninstall()
 
     def __enter__(self) -> Installation:
@@ -37,11 +34,7 @@ class Installation:
     def __str__(self) -> str:
         lines = [f"{name}: recurra stands in for it" for name in self.packages]
         lines += [f"{name}: the real package; force=True replaces it" for name in self.real]
-        if self._patches is None:
-            lines.append("transformers: not touched")
-        else:
-            lines += self._patches.lines()
-        return "\n".join(lines)
+        return "\n".join(lines + self._patches.lines())
 
 
 _current: Installation | None = None
@@ -56,12 +49,13 @@ def install(
     :mod:`recurra.compat` from then on, and transformers' models run their convolutions, scans and
     decoding steps on recurra's CPU kernels, whether they are imported already or later. What
     recurra does not have stays as it is, function by function. A second call first undoes the
-    first.
+    first. Models that were compiled before keep what they were compiled from.
 
     Args:
         force: stand in for packages that are there, too.
         report: print what runs on what.
-        transformers: False leaves it alone; None reaches it where it is installed.
+        transformers: False keeps its models on its own functions; None reaches it where it is
+            installed.
 
     Returns:
         What was done; its ``uninstall()``, or leaving a ``with`` block of it, or
@@ -71,24 +65,23 @@ def install(
         RuntimeError: transformers is there, but not as recurra knows it. Nothing is changed then.
     """
     global _current
-    uninstall()
-    reachable = transformers is not False and importlib.util.find_spec("transformers") is not None
-    if transformers and not reachable:
+    there = _packages.present("transformers")
+    if transformers and not there:
         raise RuntimeError("install: transformers=True, but there is no transformers to import")
-    if reachable:
+    serve = there and transformers is not False
+    if serve:
         _transformers.check()
+    uninstall()
     real = () if force else tuple(name for name in _packages.NAMES if _packages.present(name))
     stand_ins = _packages.StandIns(tuple(n for n in _packages.NAMES if n not in real))
-    stand_ins.install()
-    patches = None
-    if reachable:
-        patches = _transformers.Patches(stand_ins.names)
-        try:
-            patches.apply()
-        except BaseException:
-            patches.remove()
-            stand_ins.uninstall()
-            raise
+    patches = _transformers.Patches(stand_ins.names, serve)
+    try:
+        stand_ins.install()
+        patches.apply()
+    except BaseException:
+        patches.remove()
+        stand_ins.uninstall()
+        raise
     _current = Installation(stand_ins, real, patches)
     if report:
         print(_current)

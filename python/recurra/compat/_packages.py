@@ -35,7 +35,8 @@ class StandIns(MetaPathFinder):
         sys.meta_path.insert(0, self)
 
     def uninstall(self) -> None:
-        sys.meta_path.remove(self)
+        if self in sys.meta_path:  # a caller may have put another list there
+            sys.meta_path.remove(self)
         for name in self.names:
             for loaded in [m for m in sys.modules if m == name or m.startswith(name + ".")]:
                 del sys.modules[loaded]
@@ -57,6 +58,7 @@ def present(name: str) -> bool:
     if module is not None:
         return True
     try:
-        return importlib.util.find_spec(name) is not None
+        spec = importlib.util.find_spec(name)
+        return spec is not None and spec.origin is not None  # not just a folder of that name
     except (ImportError, ValueError):
         return False

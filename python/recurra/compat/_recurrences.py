@@ -8,58 +8,74 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from recurra import ops
 from recurra.compat._common import parameter
 
 
 class Recurrence(NamedTuple):
-    """A function of a modelling file, by its name there, and what takes its place; or, without
-    parameters, a module that a class of the file has under that name."""
+    """A function of a modelling file, by its name there, and what takes its place."""
 
     module: str
     name: str
     layer: str
-    parameters: tuple[str, ...] | None
-    make: Callable
+    parameters: tuple[str, ...]
+    make: Callable[[Callable], Callable]
 
     @property
     def file(self) -> str:
         return self.module.removeprefix("transformers.").replace(".", "/") + ".py"
 
     def patch(self, module: ModuleType) -> Callable[[], None]:
-        """Replaces it; returns what puts it back."""
+        """Replaces the function; returns what puts it back."""
         *owner, name = self.name.split(".")
         place = getattr(module, owner[0]) if owner else module
-        if self.parameters is None:
-            # Found before the module, which stays where it is registered.
-            setattr(place, name, property(lambda layer: self.make(layer._modules[name])))
-            return lambda: delattr(place, name)
         original = getattr(place, name)
         setattr(place, name, self.make(original))
         return lambda: setattr(place, name, original)
 
 
-class _Convolution:
-    """A causal nn.Conv1d as its layer uses it: called, or asked for its parameters."""
+def _recurrent_block(original: Callable) -> Callable:
+    def forward(
+        self,
+        input_states: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        use_cache: bool = True,
+        **kwargs,
+    ) -> tuple[Tensor, None]:
+        conv, length = self.conv_1d, input_states.shape[1]
+        if not input_states.is_cpu or length == 1 or not _is_plain(conv):
+            args = (input_states, position_ids, attention_mask, use_cache)
+            return original(self, *args, **kwargs)
+        gate = self.act_fn(self.linear_y(input_states))
+        x = self.linear_x(input_states)
+        state = self.conv1d_state
+        if not use_cache:
+            self.conv1d_state = self.rg_lru.recurrent_states = None
+        else:
+            if state is None or state.shape[0] != x.shape[0]:
+                self.rg_lru.recurrent_states = x.new_zeros(
+                    x.shape[0], self.lru_width, dtype=torch.float32
+                )
+            recent = x.transpose(1, 2)
+            self.conv1d_state = F.pad(recent, (self.conv1d_width - 1 - length, 0))
+        x, _ = ops.causal_conv1d(x, parameter(conv.weight[:, 0], x), parameter(conv.bias, x))
+        return self.linear_out(self.rg_lru(x, position_ids) * gate), None
 
-    def __init__(self, module: nn.Conv1d):
-        self._module = module
+    return forward
 
-    def __getattr__(self, name: str):
-        return getattr(self._module, name)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        conv = self._module
-        if (
-            not x.is_cpu
-            or conv.weight.shape[2] < 2
-            or conv._forward_hooks
-            or conv._forward_pre_hooks
-        ):
-            return conv(x)
-        weight, bias = parameter(conv.weight[:, 0], x), parameter(conv.bias, x)
-        return ops.causal_conv1d(x.transpose(1, 2), weight, bias)[0].transpose(1, 2)
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether a module is what its class says, neither wrapped nor hooked nor replaced."""
+    hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks)
+    return (
+        type(conv) is nn.Conv1d
+        and conv.weight.shape[2] > 1
+        and "forward" not in vars(conv)
+        and not any((*hooks, conv._backward_pre_hooks))
+    )
 
 
 def _rg_lru(original: Callable) -> Callable:
@@ -121,10 +137,10 @@ ALL = (
     ),
     Recurrence(
         "transformers.models.recurrent_gemma.modeling_recurrent_gemma",
-        "RecurrentGemmaRecurrentBlock.conv_1d",
+        "RecurrentGemmaRecurrentBlock.forward",
         "RecurrentGemmaRecurrentBlock",
-        None,
-        _Convolution,
+        ("self", "input_states", "position_ids", "attention_mask", "use_cache", "kwargs"),
+        _recurrent_block,
     ),
     Recurrence(
         "transformers.models.rwkv.modeling_rwkv",

@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.abc import MetaPathFinder
 from importlib.metadata import PackageNotFoundError, version
@@ -24,6 +25,7 @@ from torch import nn
 from recurra.compat import _hooks, _recurrences
 
 _DECORATOR = "use_kernel_func_from_hub_with_fallback"
+_DECORATORS = "transformers.integrations.hub_kernels"
 _DECORATORS_FILE = "integrations/hub_kernels.py"
 _CELLS = ("applicable_params", "func_name", "implementation", "is_new_implementation", "package")
 _FOLDERS = ("transformers.models.", "transformers_modules.")
@@ -41,10 +43,7 @@ def check() -> None:
         missing.append(f"{_DECORATOR} in {_DECORATORS_FILE}")
     for recurrence in _recurrences.ALL:
         text, name = _read(folder / recurrence.file), recurrence.name
-        if recurrence.parameters is None:
-            if f"self.{name.rpartition('.')[2]} = nn.Conv1d(" not in text:
-                missing.append(f"{name} in {recurrence.file}")
-        elif _parameters(text, name) != recurrence.parameters:
+        if _parameters(text, name) != recurrence.parameters:
             missing.append(f"{name}({', '.join(recurrence.parameters)}) in {recurrence.file}")
     if missing:
         raise RuntimeError(
@@ -55,10 +54,13 @@ def check() -> None:
 
 def _parameters(source: str, name: str) -> tuple[str, ...] | None:
     """The parameters of a function, from the text that defines it."""
-    found = re.search(rf"def {name.rpartition('.')[2]}\((.*?)\)(?: ->.*?)?:\n", source, re.S)
+    owner, _, function = name.rpartition(".")
+    if owner:
+        source = source.partition(f"class {owner}(")[2]
+    found = re.search(rf"def {function}\((.*?)\)(?: ->.*?)?:\n", source, re.S)
     if found is None:
         return None
-    return tuple(re.findall(r"(?:^|,)\s*(\w+)", re.sub(r"\[.*?\]", "", found[1])))
+    return tuple(re.findall(r"(?:^|,)\s*\**(\w+)", re.sub(r"\[.*?\]", "", found[1])))
 
 
 def _read(file: Path) -> str:
@@ -97,29 +99,66 @@ class Hook:
         self._cells["is_new_implementation"].cell_contents = not own
 
 
+def _hook_of(name: str, value: object) -> Hook | None:
+    """The hook that a decorated function is, or that is inside the module that the package kernels
+    makes of it."""
+    for _ in range(4):
+        value = value if isinstance(value, FunctionType) else getattr(type(value), "forward", None)
+        if not isinstance(value, FunctionType):
+            return None
+        if set(_CELLS) <= set(value.__code__.co_freevars):
+            return Hook(name, value)
+        cells = [c.cell_contents for c in value.__closure__ or () if _is_filled(c)]
+        inner = [value.__dict__.get("__wrapped__"), *cells]
+        value = next((v for v in inner if isinstance(v, FunctionType)), None)
+    return None
+
+
+def _is_filled(cell) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
 def hooks(module: ModuleType) -> Iterator[Hook]:
     """The hooks that a modelling file defines."""
     for name, value in list(vars(module).items()):
-        while callable(value) and getattr(value, "__module__", None) == module.__name__:
-            code = getattr(value, "__code__", None)
-            if code is not None and set(_CELLS) <= set(code.co_freevars):
-                yield Hook(name, value)
-                break
-            value = getattr(value, "__wrapped__", None)
+        if isinstance(value, type) or not callable(value):
+            continue
+        hook = _hook_of(name, value)
+        if hook is not None and hook.torch_function.__module__ == module.__name__:
+            yield hook
 
 
 class Patches(MetaPathFinder):
-    """recurra's kernels in the modelling files that are imported, and in those that will be."""
+    """recurra's kernels in the modelling files that are imported, and in those that will be.
 
-    def __init__(self, packages: tuple[str, ...]):
+    Files that are imported later ask transformers' decorator, which is wrapped, so that it does not
+    matter from where they are imported. As a finder this waits for the few files that matter.
+    """
+
+    def __init__(self, packages: tuple[str, ...], serve: bool):
         self._packages = packages
+        self._serve = serve
         self._undo: list[Callable[[], None]] = []
         self.modules: dict[str, ModuleType] = {}
 
     def apply(self) -> None:
         for name, module in list(sys.modules.items()):
-            if name.startswith(_FOLDERS) and module is not None:
-                self._patch(module)
+            if not name.startswith(_FOLDERS) or module is None:
+                continue
+            found = list(hooks(module))
+            if self._serve and not found and _decorates(module):
+                raise RuntimeError(
+                    f"install: {name} uses {_DECORATOR} of transformers {_version()}, whose"
+                    " wrappers recurra does not know"
+                )
+            for hook in found:
+                self._take(hook)
+        for name in self._awaited():
+            if name in sys.modules:
+                self._loaded(sys.modules[name])
         sys.meta_path.insert(0, self)
 
     def remove(self) -> None:
@@ -129,8 +168,12 @@ class Patches(MetaPathFinder):
             self._undo.pop()()
         self.modules = {}
 
+    def _awaited(self) -> set[str]:
+        recurrences = {r.module for r in _recurrences.ALL} if self._serve else set()
+        return {_DECORATORS, *recurrences}
+
     def find_spec(self, fullname, path=None, target=None):
-        if not fullname.startswith(_FOLDERS) or ".modeling_" not in fullname:
+        if fullname not in self._awaited():
             return None
         for finder in sys.meta_path:
             if finder is not self and (spec := finder.find_spec(fullname, path, target)):
@@ -144,35 +187,69 @@ class Patches(MetaPathFinder):
             def exec_module(module: ModuleType) -> None:
                 execute(module)
                 if self in sys.meta_path:
-                    self._patch(module)
+                    self._loaded(module)
 
             spec.loader.exec_module = exec_module
         return spec
 
-    def _patch(self, module: ModuleType) -> None:
-        found = list(hooks(module))
-        if not found and callable(getattr(module, _DECORATOR, None)):
-            raise RuntimeError(
-                f"install: {module.__name__} uses {_DECORATOR} of transformers {_version()}, whose"
-                " wrappers recurra does not know"
-            )
-        for hook in found:
-            replacement = _hooks.BY_NAME.get(hook.func_name)
-            if hook.package not in self._packages or replacement is None:
-                continue
-            original = hook.implementation
-            if (original.__module__ or "").startswith("recurra."):
-                original = hook.torch_function  # found under the name of the package
-            hook.use(replacement(hook.torch_function))
-            self._undo.append(functools.partial(hook.use, original))
-            self.modules[module.__name__] = module
+    def _loaded(self, module: ModuleType) -> None:
+        if module.__name__ == _DECORATORS:
+            self._wrap_decorator(module)
         for recurrence in _recurrences.ALL:
-            if module.__name__ == recurrence.module:
+            if self._serve and module.__name__ == recurrence.module:
                 self._undo.append(recurrence.patch(module))
                 self.modules[module.__name__] = module
 
+    def _wrap_decorator(self, module: ModuleType) -> None:
+        original = getattr(module, _DECORATOR, None)
+        if original is None:
+            return
+
+        @functools.wraps(original)
+        def decorator_of(*args, **kwargs):
+            decorator = original(*args, **kwargs)
+
+            def decorate(torch_function):
+                decorated = decorator(torch_function)
+                hook = _hook_of(torch_function.__name__, decorated)
+                if hook is not None:
+                    self._take(hook)
+                elif self._serve:
+                    warnings.warn(
+                        f"recurra does not reach {torch_function.__qualname__} of"
+                        f" {torch_function.__module__}, which stays as it is",
+                        stacklevel=2,
+                    )
+                return decorated
+
+            return decorate
+
+        # The package hands out the decorator, too, and remembers having done so.
+        for place in (module, sys.modules.get(_DECORATORS.rpartition(".")[0])):
+            if place is not None and vars(place).get(_DECORATOR) is original:
+                setattr(place, _DECORATOR, decorator_of)
+                self._undo.append(functools.partial(setattr, place, _DECORATOR, original))
+
+    def _take(self, hook: Hook) -> None:
+        """Puts recurra's function under a hook; where transformers is to be left alone, its own in
+        place of what it found under the name of a package."""
+        if hook.package not in self._packages:
+            return
+        former = hook.implementation
+        if _module_of(former).startswith("recurra."):
+            former = hook.torch_function
+        replacement = _hooks.BY_NAME.get(hook.func_name) if self._serve else None
+        hook.use(former if replacement is None else replacement(hook.torch_function, former))
+        self._undo.append(functools.partial(hook.use, former))
+        if replacement is not None:
+            name = hook.torch_function.__module__
+            if name in sys.modules:
+                self.modules[name] = sys.modules[name]
+
     def lines(self) -> list[str]:
         """For people: what runs on what."""
+        if not self._serve:
+            return ["transformers: its own functions"]
         head = f"transformers {_version()}: "
         if not self.modules:
             return [head + "every model that is imported from now on"]
@@ -189,7 +266,19 @@ class Patches(MetaPathFinder):
 def _where(hook: Hook) -> str:
     if hook.implementation is hook.torch_function:
         return "torch"
-    return hook.implementation.__module__.partition(".")[0]
+    return _module_of(hook.implementation).partition(".")[0] or "another package"
+
+
+def _module_of(function: Callable) -> str:
+    return getattr(function, "__module__", None) or ""
+
+
+def _decorates(module: ModuleType) -> bool:
+    """Whether the source of a module uses the decorator."""
+    if not callable(getattr(module, _DECORATOR, None)):
+        return False
+    source = _read(Path(getattr(module, "__file__", None) or ""))
+    return re.search(rf"^@{_DECORATOR}\(", source, re.M) is not None
 
 
 def describe(model: nn.Module, patches: Patches | None) -> str:
@@ -235,7 +324,7 @@ def _uses(layer: nn.Module, patches: Patches | None) -> Iterator[tuple[str, str]
             yield hook.func_name, where
     for recurrence in _recurrences.ALL:
         if recurrence.module == module.__name__ and type(layer).__name__ == recurrence.layer:
-            patched = patches is not None and module.__name__ in patches.modules
+            patched = patches is not None and recurrence.module in patches.modules
             yield recurrence.name, "recurra" if patched and device == "cpu" else "torch"
 
 

@@ -56,6 +56,9 @@ def causal_conv1d_fn(
         if initial_states is not None or return_final_states:
             fail("causal_conv1d_fn", "seq_idx must be None with initial or final states")
         return _packed(op, rows, weight, bias, seq_idx, silu).transpose(1, 2)
+    if initial_states is not None and initial_states.dim() != 3:
+        got = tuple(initial_states.shape)
+        fail("causal_conv1d_fn", f"initial_states must have shape (B, D, W - 1), got {got}")
     h0 = None if initial_states is None else state(initial_states.transpose(1, 2), x)
     y, h_last = op(rows, weight, bias, h0, activation=silu)
     if not return_final_states:
@@ -68,6 +71,8 @@ def causal_conv1d_fn(
 
 def _packed(op, rows: Tensor, weight, bias, seq_idx: Tensor, activation: str | None) -> Tensor:
     """The convolution of (B, T, D) within runs of equal ``seq_idx``: one packed row of them."""
+    if seq_idx.dtype not in (torch.int32, torch.int64):
+        fail("causal_conv1d_fn", f"seq_idx must be int32 or int64, got {seq_idx.dtype}")
     if seq_idx.shape != rows.shape[:2]:
         wanted, got = tuple(rows.shape[:2]), tuple(seq_idx.shape)
         fail("causal_conv1d_fn", f"seq_idx must have shape (batch, seqlen) = {wanted}, got {got}")
@@ -158,10 +163,8 @@ def causal_conv1d_update(
 
 def _step(x: Tensor, conv_state: Tensor, weight, bias, activation: str | None) -> Tensor:
     """One input for each state, (B, D, 1)."""
-    older = conv_state.shape[2] - (weight.shape[1] - 1)
-    if older:  # than the kernel looks
-        moved = conv_state[..., 1 : older + 1]
-        conv_state[..., :older] = moved.clone() if older > 1 else moved
+    older = conv_state.shape[2] - (weight.shape[1] - 1)  # inputs than the kernel looks at
+    moved = conv_state[..., 1 : older + 1].clone() if older else None
     recent = conv_state[..., older:].transpose(1, 2)
     h = state(recent, x)
     y = kernels(x).causal_conv1d_step(
@@ -171,6 +174,8 @@ def _step(x: Tensor, conv_state: Tensor, weight, bias, activation: str | None) -
         parameter(bias, x),
         activation=_common.activation(activation),
     )
+    if moved is not None:
+        conv_state[..., :older] = moved
     if h is not recent:
         recent.copy_(h)
     return y[..., None]

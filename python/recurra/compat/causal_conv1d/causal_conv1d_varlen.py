@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from recurra._check import fail
-from recurra.compat._common import absent, last_inputs
+from recurra.compat._common import absent, check_dims, check_indices, last_inputs
 
 __getattr__ = absent("causal_conv1d")
 
@@ -23,15 +23,16 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
         (batch, dim, state_len), the dtype of ``x``; zeros before the start of a sequence.
 
     Raises:
-        RuntimeError: ``cu_seqlens`` does not ascend from 0 to total.
+        RuntimeError: an argument has the wrong shape or dtype, ``cu_seqlens`` does not ascend from
+            0 to total, or ``state_len`` is negative.
     """
-    _check(x, cu_seqlens)
+    _check(x, cu_seqlens, state_len)
     return last_inputs(x, cu_seqlens, state_len)
 
 
 def causal_conv1d_varlen_states_ref(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:
     """:func:`causal_conv1d_varlen_states`, sequence by sequence."""
-    _check(x, cu_seqlens)
+    _check(x, cu_seqlens, state_len)
     states = []
     for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         taken = x[max(start, end - state_len) : end].T
@@ -39,12 +40,14 @@ def causal_conv1d_varlen_states_ref(x: Tensor, cu_seqlens: Tensor, state_len: in
     return torch.stack(states) if states else x.new_zeros(0, x.shape[1], state_len)
 
 
-def _check(x: Tensor, cu_seqlens: Tensor) -> None:
+def _check(x: Tensor, cu_seqlens: Tensor, state_len: int) -> None:
     op = "causal_conv1d_varlen_states"
-    if x.dim() != 2:
-        fail(op, f"x must have shape (total, dim), got {tuple(x.shape)}")
+    check_dims(op, "x", x, "(total, dim)")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
         fail(op, f"cu_seqlens must have shape (batch + 1,), got {tuple(cu_seqlens.shape)}")
+    check_indices(op, "cu_seqlens", cu_seqlens, len(cu_seqlens))
+    if state_len < 0:
+        fail(op, f"state_len must be at least 0, got {state_len}")
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != x.shape[0] or ends != sorted(ends):
         fail(op, f"cu_seqlens must ascend from 0 to {x.shape[0]}, got {ends[0]} to {ends[-1]}")

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from recurra._check import fail
 from recurra.compat import _common
-from recurra.compat._common import absent, kernels, last_inputs, parameter, state
+from recurra.compat._common import (
+    absent,
+    check_dims,
+    check_shape,
+    kernels,
+    last_inputs,
+    parameter,
+    state,
+)
 
 __all__ = ["causal_conv1d"]
 __getattr__ = absent("fla")
@@ -31,9 +39,9 @@ def causal_conv1d(
     """Depthwise causal convolution; :func:`recurra.causal_conv1d` under fla's names.
 
     Args:
-        x: (B, T, D), any strides.
+        x: (B, T, D), any strides, or (B, T, ...) with D numbers in what follows.
         weight: (D, W) with W >= 2; bias: (D,).
-        residual: (B, T, D), added to the output.
+        residual: the shape of ``x``, added to the output.
         initial_state: (N, D, W), the inputs before the first, oldest first.
         output_final_state: return the last W inputs too.
         activation: None, ``"silu"`` or ``"swish"``.
@@ -42,19 +50,29 @@ def causal_conv1d(
         cp_context: of context parallelism, which is not supported; None.
 
     Returns:
-        (B, T, D) in the dtype of ``x``, and the last inputs, (N, D, W), or None.
+        The shape and dtype of ``x``, and the last inputs, (N, D, W), or None.
 
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device, or there is a
-            ``cp_context``.
+            ``cp_context`` or ``seq_idx``.
     """
+    op = "causal_conv1d"
     if cp_context is not None:
-        fail("causal_conv1d", "cp_context must be None, context parallelism is not supported")
-    if weight is None or weight.dim() != 2:
-        got = None if weight is None else tuple(weight.shape)
-        fail("causal_conv1d", f"weight must have shape (D, W), got {got}")
+        fail(op, "cp_context must be None, context parallelism is not supported")
+    if kwargs.get("seq_idx") is not None:
+        fail(op, "seq_idx must be None, cu_seqlens tells where sequences end")
+    if weight is None:
+        fail(op, "weight must have shape (D, W), got None")
+    check_dims(op, "weight", weight, "(D, W)")
+    check_shape(op, "residual", residual, "of x", tuple(x.shape))
+    shape, (D, W) = x.shape, weight.shape
+    if x.dim() > 3 and x.shape[-1] != D:
+        x = x.flatten(2)
+    check_dims(op, "x", x, "(B, T, D)")
     h0 = None
     if initial_state is not None:
+        N = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        check_shape(op, "initial_state", initial_state, "(N, D, W)", (N, D, W))
         h0 = state(initial_state[..., 1:].transpose(1, 2), x)
     y, _ = kernels(x).causal_conv1d(
         x,
@@ -64,14 +82,14 @@ def causal_conv1d(
         activation=_common.activation(activation),
         cu_seqlens=cu_seqlens,
     )
+    y = y.reshape(shape)
     if residual is not None:
-        y = y + residual
+        y = (y + residual).to(x.dtype)
     if not output_final_state:
         return y, None
-    width = weight.shape[1]
     before = None if initial_state is None else initial_state.to(x.dtype)
     if cu_seqlens is not None:
-        return y, last_inputs(x[0], cu_seqlens, width, before)
+        return y, last_inputs(x[0], cu_seqlens, W, before)
     if before is None:
-        before = x.new_zeros(x.shape[0], x.shape[2], width)
-    return y, torch.cat([before, x.transpose(1, 2)], -1)[..., -width:]
+        before = x.new_zeros(x.shape[0], D, W)
+    return y, torch.cat([before, x.transpose(1, 2)], -1)[..., -W:]

@@ -78,6 +78,10 @@ def selective_scan_ref(
 def _scan(op, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state):
     if u.dim() != 3:
         fail("selective_scan_fn", f"u must have shape (B, D, L), got {tuple(u.shape)}")
+    for name, x in (("B", B), ("C", C)):
+        if x.dim() not in (2, 3, 4):
+            shapes = "(D, N), (B, N, L) or (B, G, N, L)"
+            fail("selective_scan_fn", f"{name} must have shape {shapes}, got {tuple(x.shape)}")
     dtype = u.dtype
     if B.dim() == 2 or C.dim() == 2:
         # Constant ones are parameters and keep their precision.

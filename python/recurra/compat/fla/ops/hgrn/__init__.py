@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from recurra.compat._common import absent, kernels, state
@@ -22,7 +23,7 @@ def fused_recurrent_hgrn(
 
     Args:
         x: inputs, (B, T, D), any strides.
-        g: logarithms of the gates, (B, T, D), the dtype of ``x``.
+        g: logarithms of the gates, (B, T, D).
         initial_state: (B, D), or (S, D) with ``cu_seqlens``.
         output_final_state: return the last state too.
         cu_seqlens: (S + 1,), the ends of S sequences packed along T; B must be 1.
@@ -33,8 +34,12 @@ def fused_recurrent_hgrn(
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device.
     """
+    wide = torch.promote_types(x.dtype, g.dtype)
     h0 = state(initial_state, x)
-    h, h_last = kernels(x).linear_scan(g, x, h0, log_a=True, cu_seqlens=cu_seqlens)
+    h, h_last = kernels(x).linear_scan(
+        g.to(wide), x.to(wide), h0, log_a=True, cu_seqlens=cu_seqlens
+    )
+    h = h.to(x.dtype)
     return h, h_last if output_final_state else None
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recurra._check import fail
-from recurra.compat._common import absent
+from recurra.compat._common import absent, check_shape
 from recurra.ops.rms_norm import rms_norm
 
 __getattr__ = absent("mamba_ssm")
@@ -36,7 +38,7 @@ def layer_norm_fn(
         weight, bias: (dim,), of the norm; weight1, bias1: of a second one of the same sum.
         eps: added to the variance.
         dropout_p: probability of a zero, in ``x`` and in ``x1``.
-        rowscale: (...), factors of the rows of ``x``; not beside ``x1``.
+        rowscale: (...) or flat, factors of the rows of ``x``; not beside ``x1``.
         prenorm: return the sum too, the next residual.
         residual_in_fp32: the sum is float32 where no ``residual`` says its dtype.
         is_rms_norm: by the root mean square, without the mean.
@@ -47,14 +49,23 @@ def layer_norm_fn(
         with ``weight1``, the sum, the masks.
 
     Raises:
-        RuntimeError: ``x1`` or ``residual`` differs from ``x`` in shape, or ``rowscale`` comes
-            with ``x1``.
+        RuntimeError: an argument has the wrong shape or dtype, ``rowscale`` comes with ``x1``, or
+            ``dropout_p`` is no probability.
     """
+    op = "layer_norm_fn"
+    check_norm(op, x, weight=weight, bias=bias, weight1=weight1, bias1=bias1)
     for name, t in (("x1", x1), ("residual", residual)):
-        if t is not None and t.shape != x.shape:
-            fail("layer_norm_fn", f"{name} must have shape {tuple(x.shape)}, got {tuple(t.shape)}")
-    if x1 is not None and rowscale is not None:
-        fail("layer_norm_fn", "rowscale must be None beside x1")
+        check_shape(op, name, t, "of x", tuple(x.shape))
+    if rowscale is not None:
+        if x1 is not None:
+            fail(op, "rowscale must be None beside x1")
+        rows = tuple(x.shape[:-1])
+        if rowscale.shape not in (rows, (math.prod(rows),)):
+            got = tuple(rowscale.shape)
+            fail(op, f"rowscale must have shape {rows}, one factor a row of x, got {got}")
+        rowscale = rowscale.reshape(rows)
+    if not 0 <= dropout_p <= 1:
+        fail(op, f"dropout_p must be between 0 and 1, got {dropout_p}")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     total = x.to(wide)
     if rowscale is not None:
@@ -145,12 +156,22 @@ def layer_norm_ref(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None = None,
+    x1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
     eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
     prenorm: bool = False,
+    dropout_mask: Tensor | None = None,
+    dropout_mask1: Tensor | None = None,
     upcast: bool = False,
 ):
-    """The norm of ``x + residual`` in plain torch."""
-    return _ref(x, weight, bias, residual, eps, prenorm, upcast, False)
+    """:func:`layer_norm_fn` in plain torch, with what dropout keeps where that is given."""
+    return _ref(
+        x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm,
+        dropout_mask, dropout_mask1, upcast, False,
+    )  # fmt: skip
 
 
 def rms_norm_ref(
@@ -158,34 +179,73 @@ def rms_norm_ref(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None = None,
+    x1: Tensor | None = None,
+    weight1: Tensor | None = None,
+    bias1: Tensor | None = None,
     eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    rowscale: Tensor | None = None,
     prenorm: bool = False,
+    dropout_mask: Tensor | None = None,
+    dropout_mask1: Tensor | None = None,
     upcast: bool = False,
 ):
-    """The root mean square norm of ``x + residual`` in plain torch."""
-    return _ref(x, weight, bias, residual, eps, prenorm, upcast, True)
+    """:func:`rms_norm_fn` in plain torch, with what dropout keeps where that is given."""
+    return _ref(
+        x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm,
+        dropout_mask, dropout_mask1, upcast, True,
+    )  # fmt: skip
 
 
-def _ref(x, weight, bias, residual, eps, prenorm, upcast, rms):
+def _ref(
+    x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm,
+    dropout_mask, dropout_mask1, upcast, rms,
+):  # fmt: skip
     dtype = x.dtype
     if upcast:
-        x, weight, bias, residual = (
-            None if t is None else t.float() for t in (x, weight, bias, residual)
+        x, weight, bias, residual, x1, weight1, bias1 = (
+            None if t is None else t.float()
+            for t in (x, weight, bias, residual, x1, weight1, bias1)
         )
-    total = x if residual is None else (x + residual).to(x.dtype)
-    if rms:
+    if x1 is not None and rowscale is not None:
+        fail("layer_norm_ref", "rowscale must be None beside x1")
+    total = x if rowscale is None else x * rowscale[..., None]
+    total, _ = _dropout(total, dropout_p, dropout_mask)
+    if x1 is not None:
+        total = total + _dropout(x1, dropout_p, dropout_mask1)[0]
+    if residual is not None:
+        total = (total + residual).to(total.dtype)
+
+    def norm(weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not rms:
+            y = F.layer_norm(total.to(weight.dtype), weight.shape, weight, bias, eps)
+            return y.to(dtype)
         y = total * (total.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
-        y = y if bias is None else y + bias
-    else:
-        y = F.layer_norm(total.to(weight.dtype), weight.shape, weight, bias, eps)
-    return (y.to(dtype), total) if prenorm else y.to(dtype)
+        return (y if bias is None else y + bias).to(dtype)
+
+    outputs = [norm(weight, bias)]
+    if weight1 is not None:
+        outputs.append(norm(weight1, bias1))
+    if prenorm:
+        outputs.append(total)
+    return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
+def check_norm(op: str, x: Tensor, **parameters: Tensor | None) -> None:
+    """Refuses what has no fractions, and parameters that are not (dim,)."""
+    if not x.is_floating_point():
+        dtype = str(x.dtype).removeprefix("torch.")
+        fail(op, f"x must have dtype float32, float64, bfloat16 or float16, got {dtype}")
+    for name, parameter in parameters.items():
+        check_shape(op, name, parameter, "(dim,)", (x.shape[-1],))
+
+
+def _dropout(x: Tensor, p: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     if p == 0.0:
         return x, None
-    mask = torch.rand_like(x) >= p
-    return x.masked_fill(~mask, 0) / (1 - p), mask
+    if mask is None:
+        mask = torch.rand_like(x) >= p
+    return x.masked_fill(~mask, 0) * (1 / (1 - p) if p < 1 else 0), mask
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:

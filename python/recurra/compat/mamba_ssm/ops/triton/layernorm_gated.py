@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recurra._check import fail
-from recurra.compat._common import absent
-from recurra.compat.mamba_ssm.ops.triton.layer_norm import _norm
+from recurra.compat._common import absent, check_shape
+from recurra.compat.mamba_ssm.ops.triton.layer_norm import _norm, check_norm
 
 __getattr__ = absent("mamba_ssm")
 
@@ -37,12 +37,13 @@ def layernorm_fn(
         The shape and dtype of ``x``.
 
     Raises:
-        RuntimeError: ``z`` differs from ``x`` in shape, or ``group_size`` does not divide dim.
+        RuntimeError: an argument has the wrong shape or dtype, or ``group_size`` does not divide
+            dim.
     """
     dtype, width = x.dtype, x.shape[-1]
-    if z is not None and z.shape != x.shape:
-        fail("layernorm_fn", f"z must have shape {tuple(x.shape)}, got {tuple(z.shape)}")
-    if group_size is not None and width % group_size:
+    check_norm("layernorm_fn", x, weight=weight, bias=bias)
+    check_shape("layernorm_fn", "z", z, "of x", tuple(x.shape))
+    if group_size is not None and (group_size < 1 or width % group_size):
         fail("layernorm_fn", f"group_size must divide dim = {width}, got {group_size}")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, weight = x.to(wide), weight.to(wide)

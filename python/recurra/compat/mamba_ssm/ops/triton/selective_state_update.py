@@ -39,8 +39,7 @@ def selective_state_update(
             negative changes nothing and returns zeros.
 
     Returns:
-        The shape and dtype of ``x``. Where autograd records, gradients reach every argument but
-        with ``state_batch_indices``.
+        The shape and dtype of ``x``. Where autograd records, gradients reach every argument.
 
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device.
@@ -92,23 +91,22 @@ def _update(ops, whole, x, dt, A, B, C, D, z, dt_bias, dt_softplus, slots):
     else:
         fail(_NAME, f"state must have 3 or 4 dimensions, got {whole.dim()}")
     arguments = [x, dt, parameter(A, x), B, C, parameter(D, x), z, parameter(dt_bias, x)]
-    if slots is None and records_gradient(whole, *arguments):
-        u, delta, A, B, C, D, z, dt_bias = arguments
-        rows = (None if t is None else t[:, None] for t in (u, delta, B, C, z))
-        u, delta, B, C, z = rows
-        h0 = state(states, x).clone()  # the backward needs it, and it is about to change
-        y, h = ops.selective_scan(
-            u, delta, A, B, C, D, z, dt_bias, delta_softplus=dt_softplus, h0=h0
-        )
-        whole.copy_(h.view(whole.shape))
-        return y.view(shape)
-    if viewed and state(states[:0], x).dtype == states.dtype:
+    recording = records_gradient(whole, *arguments)
+    if not recording and viewed and state(states[:0], x).dtype == states.dtype:
         y = ops.selective_scan_step(states, *arguments, delta_softplus=dt_softplus, slots=slots)
         return y.view(shape)
+    # A copy of the rows: in another dtype, or because a backward needs what is about to change.
     rows = slice(None) if slots is None else slots.clamp(min=0).long()
-    h = state(states[rows], x)
-    h = h.clone() if h.dtype == states.dtype else h
-    y = ops.selective_scan_step(h, *arguments, delta_softplus=dt_softplus)
+    h = state(states[rows].clone(), x)
+    if recording:
+        u, delta, A, B, C, D, z, dt_bias = arguments
+        u, delta, B, C, z = (None if t is None else t[:, None] for t in (u, delta, B, C, z))
+        y, h = ops.selective_scan(
+            u, delta, A, B, C, D, z, dt_bias, delta_softplus=dt_softplus, h0=h
+        )
+        y = y[:, 0]
+    else:
+        y = ops.selective_scan_step(h, *arguments, delta_softplus=dt_softplus)
     if slots is None:
         whole.copy_(h.view(whole.shape))
         return y.view(shape)
