@@ -186,7 +186,7 @@ inline Tile<T> load_tile(const Plane& p, int64_t steps, int64_t channels, T* buf
       for (int64_t c = whole; c < channels; c += kLanes)
         load_lanes<T>(p.data + (t * p.stride_t + c) * item, p.dtype, at_most_lanes(channels - c))
             .store(buffer + t * width + c);
-  } else if (p.stride_c == 0) {
+  } else if (p.stride_c == 0 && channels > 0) {
     for (int64_t t = 0; t < steps; ++t) {
       const Vec<T> v(load_element<T>(p.data + t * p.stride_t * item, p.dtype));
       for (int64_t c = 0; c < channels; c += kLanes) {
