@@ -1,4 +1,4 @@
-"""The stand-ins' modules and names, what they refuse, and recurra.install() of packages."""
+"""The stand-ins' modules and names, and recurra.install() of packages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 import recurra
 from recurra.compat import causal_conv1d, mamba_ssm
-from recurra.compat.fla.modules.convolution import causal_conv1d as fla_conv
 from recurra.compat.mamba_ssm.modules.mamba_simple import Mamba
 from recurra.compat.mamba_ssm.ops import selective_scan_interface as scan
 from recurra.compat.mamba_ssm.ops.triton import layer_norm, layernorm_gated
@@ -33,13 +32,17 @@ def rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("is_complex", [False, True])
-@pytest.mark.parametrize("form", ["projected", "norms", "given"])
+@pytest.mark.parametrize("form", ["projected", "norms", "given", "given norms", "one group"])
 def test_inner(form, is_complex):
     D, L, N, R, M = 4, 7, 3, 2, 5
     size = 2 * N if is_complex else N
     A = -torch.rand(D, N, dtype=torch.float64)
     A = torch.complex(A, torch.randn_like(A)) if is_complex else A
-    given = form == "given"
+    given, normed = (
+        form in ("given", "given norms", "one group"),
+        form not in ("projected", "given"),
+    )
+    group = (1,) if form == "one group" else ()
     long = 2 * L if is_complex else L
     inputs = {
         "xz": rand(2, 2 * D, L),
@@ -50,14 +53,14 @@ def test_inner(form, is_complex):
         "out_proj_weight": rand(M, D),
         "out_proj_bias": rand(M),
         "A": A.requires_grad_(),
-        "B": rand(2, N, long) if given else None,
-        "C": rand(2, N, long) if given else None,
+        "B": rand(2, *group, N, long) if given else None,
+        "C": rand(2, *group, N, long) if given else None,
         "D": rand(D),
         "delta_bias": rand(D),
         "B_proj_bias": None if given else rand(size),
         "C_proj_bias": None if given else rand(size),
     }
-    if form == "norms":
+    if normed:
         inputs |= {"b_rms_weight": rand(size), "c_rms_weight": rand(size)}
         inputs |= {"dt_rms_weight": rand(D)}
 
@@ -70,18 +73,25 @@ def test_inner(form, is_complex):
         x, _ = conv_formula(x, v["conv1d_weight"][:, 0], v["conv1d_bias"])
         both = x.transpose(1, 2) @ v["x_proj_weight"].T
         delta = both[..., :R] @ v["delta_proj_weight"].T
-        if form == "norms":
+        if normed:
             delta = rms(delta, v["dt_rms_weight"], 0.1)
 
         def rows(x, bias, weight):
-            x = x + bias
+            x = x if bias is None else x + bias
             x = rms(x, weight, 0.1) if weight is not None else x
             if is_complex:
                 x = torch.view_as_complex(x.unflatten(2, (-1, 2)))
                 return torch.view_as_real(x).permute(0, 2, 1, 3).flatten(2)
             return x.transpose(1, 2)
 
+        def unrolled(x):
+            x = x.flatten(1, 2) if group else x
+            return x.unflatten(2, (L, -1)).transpose(1, 2).flatten(2)
+
         B, C = v["B"], v["C"]
+        if given and normed:
+            B = rows(unrolled(B), None, v["b_rms_weight"])
+            C = rows(unrolled(C), None, v["c_rms_weight"])
         if not given:
             B = rows(both[..., R : R + size], v["B_proj_bias"], v.get("b_rms_weight"))
             C = rows(both[..., R + size :], v["C_proj_bias"], v.get("c_rms_weight"))
@@ -143,10 +153,28 @@ def test_norms_of_sums(is_rms):
         return norm(total, weight, bias), total
 
     same_gradients(ours, oracle, [x, residual, weight, bias, scale])
-    two = layer_norm.layer_norm_fn(x, weight, bias, None, x1, weight1, bias1, is_rms_norm=is_rms)
-    same(two, (norm(x + x1, weight, bias), norm(x + x1, weight1, bias1)))
+    flat = layer_norm.layer_norm_fn(x, weight, bias, rowscale=scale.view(-1), is_rms_norm=is_rms)
+    same(flat, norm(x * scale[..., None], weight, bias))
+
+    def two(x, weight, bias, residual, x1, weight1, bias1):
+        return layer_norm.layer_norm_fn(
+            x, weight, bias, residual, x1, weight1, bias1, prenorm=True, is_rms_norm=is_rms
+        )
+
+    def both(x, weight, bias, residual, x1, weight1, bias1):
+        total = x + x1 + residual
+        return norm(total, weight, bias), norm(total, weight1, bias1), total
+
+    inputs = [x, weight, bias, residual, x1, weight1, bias1]
+    same_gradients(two, both, inputs)
     reference = layer_norm.rms_norm_ref if is_rms else layer_norm.layer_norm_ref
+    same(reference(*inputs, prenorm=True), both(*inputs))
     same(reference(x, weight, bias, residual), norm(x + residual, weight, bias))
+    want = norm(x * scale[..., None], weight, bias)
+    same(reference(x, weight, bias, rowscale=scale), want)
+    half = reference(x.bfloat16(), weight.bfloat16(), None, upcast=True)
+    want = norm(x.bfloat16().double(), weight.bfloat16().double(), 0 * bias)
+    torch.testing.assert_close(half.double(), want, rtol=2**-8, atol=1e-5)
 
 
 def test_norm_module_and_dropout():
@@ -164,6 +192,20 @@ def test_norm_module_and_dropout():
     )
     assert mask1 is None and 0.65 < mask.float().mean() < 0.85
     same(total, mask / 0.75, 1e-6)
+    x, x1 = torch.randn(2, 50, 64)
+    y, total, *masks = layer_norm.rms_norm_fn(
+        x, weight, None, None, x1, dropout_p=0.5, prenorm=True, return_dropout_mask=True
+    )
+    assert not torch.equal(*masks)
+    same(total, 2 * (x * masks[0] + x1 * masks[1]), 1e-6)
+    same(y, rms(total, 1, 1e-6), 1e-5)
+    again = layer_norm.rms_norm_ref(
+        x, weight, None, None, x1, None, None, 1e-6, 0.5, None, True, *masks
+    )
+    same((y, total), again, 1e-5)
+    assert not layer_norm.rms_norm_fn(x, weight, None, dropout_p=1.0).any()
+    train = layer_norm.RMSNorm(64, dropout_p=0.5)
+    assert (train(x) == 0).any() and not (train.eval()(x) == 0).any()
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -188,56 +230,6 @@ def test_gated_norms(before, group):
     same(centred(x), F.layer_norm(x, (8,), eps=1e-5))
 
 
-X = torch.randn(2, 3, 5)
-W = torch.randn(3, 4)
-REFUSED = {
-    "activation must be": lambda: causal_conv1d.causal_conv1d_fn(X, W, activation="relu"),
-    "weight must have": lambda: causal_conv1d.causal_conv1d_fn(X, W[:2]),
-    "seq_idx must be None": lambda: causal_conv1d.causal_conv1d_fn(
-        X, W, seq_idx=torch.zeros(2, 5, dtype=torch.int32), return_final_states=True
-    ),
-    r"seq_idx must have shape \(batch, seqlen\) = \(2, 5\), got \(5,\)": (
-        lambda: causal_conv1d.causal_conv1d_fn(X, W, seq_idx=torch.zeros(5, dtype=torch.int32))
-    ),
-    "state_len must be at least width - 1 = 3, got 2": (
-        lambda: causal_conv1d.causal_conv1d_update(X[..., 0], torch.zeros(2, 3, 2), W)
-    ),
-    r"u must have shape \(B, D, L\), got \(3, 5\)": (
-        lambda: mamba_ssm.selective_scan_fn(X[0], X[0], W, X, X)
-    ),
-    "delta must have": lambda: mamba_ssm.selective_scan_fn(X, X[:1], W, X, X),
-    "A must have": lambda: mamba_ssm.selective_scan_fn(X, X, W.long(), X, X),
-    "checkpoint_lvl must be 0 or 1, got 2": lambda: mamba_ssm.mamba_inner_fn(
-        torch.randn(2, 6, 5), W[:, None], None, torch.randn(9, 3), torch.randn(3, 1),
-        torch.randn(4, 3), None, W, checkpoint_lvl=2,
-    ),
-    "conv1d_weight must have": lambda: mamba_ssm.mamba_inner_fn(
-        torch.randn(2, 6, 5), W, None, torch.randn(9, 3), torch.randn(3, 1), torch.randn(4, 3),
-        None, W,
-    ),
-    "x and A must have shapes": lambda: selective_state_update(
-        torch.zeros(2, 3, 5, 4), X[..., :4], X, W, X, X
-    ),
-    "state must have 3 or 4 dimensions": lambda: selective_state_update(
-        W, X[..., 0], X[..., 0], W, W, W
-    ),
-    "x1 must have shape": lambda: layer_norm.rms_norm_fn(X, torch.ones(5), None, x1=X[0]),
-    "group_size must divide dim = 5, got 2": (
-        lambda: layernorm_gated.rmsnorm_fn(X, torch.ones(5), None, group_size=2)
-    ),
-    "cp_context must be None": lambda: fla_conv(X, W, cp_context=object()),
-    r"weight must have shape \(D, W\), got None": lambda: fla_conv(X),
-    "hidden_states must be one input": lambda: Mamba(8).step(torch.randn(1, 2, 8), None, None),
-    "layer_idx must be given": lambda: Mamba(8)(torch.randn(1, 2, 8), InferenceParams(9, 1)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("message", REFUSED)
-def test_wrong_calls_get_a_sentence(message):
-    with pytest.raises(RuntimeError, match=message):
-        REFUSED[message]()
-
-
 ABSENT = [
     "mamba_ssm.Mamba2",
     "mamba_ssm.MambaLMHeadModel",
@@ -260,7 +252,7 @@ def test_what_is_missing_is_absent(name):
         exec(f"from {module} import {attribute}")
 
 
-def test_install_of_packages():
+def test_install_of_packages(monkeypatch):
     with recurra.install(transformers=False) as done:
         assert done.packages == ("causal_conv1d", "fla", "mamba_ssm")
         import causal_conv1d as package
@@ -274,12 +266,9 @@ def test_install_of_packages():
     assert not [m for m in sys.modules if m.partition(".")[0] in done.packages]
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("mamba_ssm")
+    monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(RuntimeError, match="there is no transformers"):
-        pytest.MonkeyPatch().setitem(sys.modules, "transformers", None)
-        try:
-            recurra.install(transformers=True)
-        finally:
-            sys.modules.pop("transformers")
+        recurra.install(transformers=True)
 
 
 def test_real_packages_stay_unless_forced(tmp_path, monkeypatch):

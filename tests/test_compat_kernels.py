@@ -15,6 +15,7 @@ from recurra.compat.fla.modules.convolution import causal_conv1d as fla_conv
 from recurra.compat.fla.ops.hgrn import chunk_hgrn, fused_recurrent_hgrn
 from recurra.compat.mamba_ssm.ops import selective_scan_interface as scan
 from recurra.compat.mamba_ssm.ops.triton import selective_state_update as update
+from support import laid_out
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +132,23 @@ def test_selective_scan_in_16_bits(dtype):
     torch.testing.assert_close(last.double(), h, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["constant+plain", "constant+constant"])
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_selective_scan_in_16_bits_beside_constants(dtype, form, is_complex):
+    """Constant B and C keep float32 or complex64."""
+    inputs = [x.detach() for x in scan_inputs(form, is_complex)]
+    varying = [0, 1, 4, 6] if form == "constant+plain" else [0, 1, 6]
+    narrow = {torch.float64: torch.float32, torch.complex128: torch.complex64}
+    given = [x.to(dtype if i in varying else narrow[x.dtype]) for i, x in enumerate(inputs)]
+    y, last = scan.selective_scan_fn(*given, True, True)
+    wide = [x.to(torch.complex128 if x.is_complex() else torch.float64) for x in given]
+    want, h = scan_formula(*wide)
+    assert y.dtype == dtype and last.dtype == (torch.complex64 if is_complex else torch.float32)
+    torch.testing.assert_close(y.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-4)
+    torch.testing.assert_close(last.to(h.dtype), h, rtol=1e-4, atol=1e-4)
+
+
 def conv_formula(x, weight, bias=None, before=None, silu=True):
     before = x.new_zeros(*x.shape[:2], weight.shape[1] - 1) if before is None else before
     whole = torch.cat([before, x], 2)
@@ -140,7 +158,7 @@ def conv_formula(x, weight, bias=None, before=None, silu=True):
     return (F.silu(y) if silu else y), whole[..., x.shape[2] :]
 
 
-@pytest.mark.parametrize("width, silu", list(itertools.product((2, 3, 4, 6), (False, True))))
+@pytest.mark.parametrize("width, silu", list(itertools.product((2, 3, 4, 5, 6), (False, True))))
 def test_convolution(width, silu):
     def ours(x, weight, bias, before):
         name = "swish" if silu else None
@@ -162,6 +180,19 @@ def test_convolution(width, silu):
     _, final = conv.causal_conv1d_fn(x, weight, bias, None, before, True, out, "silu")
     assert final is out
     same(out, conv_formula(x, weight, bias, before)[1])
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+def test_layouts_give_the_same_bits(layout):
+    x = laid_out(torch.randn(2, 4, 9), layout)
+    plain = x.contiguous()
+    weight, A = torch.randn(4, 3), -torch.rand(4, 5)
+    both = [conv.causal_conv1d_fn(t, weight, activation="silu") for t in (x, plain)]
+    assert torch.equal(*both)
+    B = laid_out(torch.randn(2, 5, 9), layout)
+    one = scan.selective_scan_fn(x, x, A, B, B, None, x, None, True)
+    two = scan.selective_scan_fn(plain, plain, A, *[B.contiguous()] * 2, None, plain, None, True)
+    assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -189,7 +220,7 @@ def test_convolution_within_sequences(batch):
 
 
 @pytest.mark.parametrize(
-    "extra, dtype", itertools.product((0, 1, 3), (torch.float64, torch.bfloat16))
+    "extra, dtype", list(itertools.product((0, 1, 3), (torch.float64, torch.bfloat16)))
 )
 @pytest.mark.parametrize("mode", ["plain", "two", "ring", "slots", "ring in slots", "gradients"])
 def test_convolution_steps(extra, dtype, mode):
@@ -226,7 +257,45 @@ def test_convolution_steps(extra, dtype, mode):
         past = torch.zeros(2, dtype=torch.int32) if "ring" in mode else None
         y = conv.causal_conv1d_update(x[..., 0], state, weight, bias, None, past, skip)
         assert not y[0].any() and y[1].any()
-        assert torch.equal(state[4], before[4]) and not torch.equal(state[1], before[1])
+        others = [0, 2, 3, 4]
+        assert torch.equal(state[others], before[others])
+        assert not torch.equal(state[1], before[1])
+
+
+@pytest.mark.parametrize("length", [3, 4, 6])
+@pytest.mark.parametrize("count", [2, 5, 9])
+@pytest.mark.parametrize("ring", [False, True])
+def test_several_inputs_are_one_after_another(length, count, ring):
+    """In slots, with gradients, and more of them than the state holds."""
+    x, pool, weight = rand(2, 3, count), rand(4, 3, length), rand(3, 4)
+    slots = torch.tensor([2, 0])
+
+    def at(t):
+        return torch.tensor([5 + t, t], dtype=torch.int32) if ring else None
+
+    def ours(x, pool, weight):
+        states = pool.clone()
+        y = conv.causal_conv1d_update(x, states, weight, None, "silu", at(0), slots)
+        return y, states
+
+    def oracle(x, pool, weight):
+        states, rows = pool.clone(), []
+        for t in range(count):
+            if ring:
+                places = (at(t).long()[:, None] + torch.arange(-3, 0)).remainder(length)
+                recent = states[slots].gather(2, places[:, None].expand(-1, 3, -1))
+            else:
+                recent = states[slots][..., length - 3 :]
+            rows.append(conv_formula(x[..., t : t + 1], weight, None, recent)[0])
+            states = states.clone()
+            for row, slot in enumerate(slots.tolist()):
+                if ring:
+                    states[slot, :, int(at(t)[row]) % length] = x[row, :, t]
+                else:
+                    states[slot] = torch.cat([states[slot][:, 1:], x[row, :, t : t + 1]], 1)
+        return torch.cat(rows, 2), states
+
+    same_gradients(ours, oracle, [x, pool, weight])
 
 
 def test_convolution_step_gradients_and_reference():
@@ -361,6 +430,57 @@ def test_steps_in_slots(dtype):
     assert torch.equal(pool[[0, 1, 3, 4]], want_pool[[0, 1, 3, 4]])
 
 
+def test_step_gradients_and_layouts_of_mamba_1():
+    state, x, z = rand(2, 5, N), rand(2, 5), rand(2, 5)
+    dt, B, C, D, bias = rand(2, 5), rand(2, N), rand(2, N), rand(5), rand(5)
+    A = -torch.rand(5, N, dtype=torch.float64).requires_grad_()
+
+    def ours(state, *rest):
+        mutable = state.clone()
+        return update.selective_state_update(mutable, *rest, True), mutable
+
+    def oracle(state, x, dt, A, B, C, D, z, bias):
+        y, h = step_formula(
+            state[:, None], x[:, None], dt[:, None], A, B[:, None], C[:, None], D,
+            z[:, None], bias,
+        )  # fmt: skip
+        return y[:, 0], h[:, 0]
+
+    inputs = [state, x, dt, A, B, C, D, z, bias]
+    same_gradients(ours, oracle, inputs)
+    with torch.no_grad():
+        y, want = oracle(*inputs)
+        for layout in ("transposed", "sliced", "offset"):
+            moved = laid_out(state, layout)
+            same(update.selective_state_update(moved, *inputs[1:], True), y)
+            same(moved, want)
+
+
+@pytest.mark.parametrize("wide", ["dt", "B", "z"])
+def test_steps_of_several_dtypes(wide):
+    """The package's kernel loads every argument as float32, whatever its dtype."""
+    given = {"x": torch.randn(2, 4, 3), "dt": torch.randn(2, 4, 3), "z": torch.randn(2, 4, 3)}
+    given |= {"B": torch.randn(2, 2, N), "C": torch.randn(2, 2, N)}
+    given = {k: v if k == wide else v.bfloat16() for k, v in given.items()}
+    A, D, bias, state = (
+        -torch.rand(4, 3, N),
+        torch.randn(4, 3),
+        torch.randn(4, 3),
+        torch.randn(2, 4, 3, N),
+    )
+    exact = {k: v.double() for k, v in given.items()}
+    want, h = step_formula(
+        state.double(), exact["x"], exact["dt"], A.double(), exact["B"], exact["C"], D.double(),
+        exact["z"], bias.double(),
+    )  # fmt: skip
+    y = update.selective_state_update(
+        state, given["x"], given["dt"], A, given["B"], given["C"], D, given["z"], bias, True
+    )
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), want, rtol=2**-8, atol=1e-5)
+    same(state.double(), h, 1e-5)
+
+
 def test_steps_are_the_scan():
     u, delta, A, B, C, D, z, bias = (x.detach() for x in scan_inputs("plain+plain", False))
     y, last = scan.selective_scan_fn(u, delta, A, B, C, D, z, bias, True, True)
@@ -397,6 +517,12 @@ def test_hgrn(packed):
     if not packed:
         same(chunk_hgrn(x, g, h0, True), oracle(x, g, h0))
         assert chunk_hgrn(x, g)[1] is None
+        # fla computes in float32 whatever the dtypes.
+        h, last = fused_recurrent_hgrn(x.bfloat16(), g.float(), h0.float(), True)
+        want = oracle(x.bfloat16().double(), g, h0)
+        assert h.dtype == torch.bfloat16 and last.dtype == torch.float32
+        torch.testing.assert_close(h.double(), want[0], rtol=2**-8, atol=1e-5)
+        same(last.double(), want[1], 1e-5)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -419,3 +545,14 @@ def test_convolution_of_fla(packed):
         return fla_conv(x, weight, bias, residual, before, True, "silu", cu_seqlens=ends)
 
     same_gradients(ours, oracle, [x, weight, bias, residual, before])
+    want = oracle(x, weight, bias, residual, 0 * before)
+    y, last = fla_conv(x, weight, bias, residual, None, True, "swish", cu_seqlens=ends)
+    same((y, last), want)
+    y, last = fla_conv(x, weight, bias, residual, activation="silu", cu_seqlens=ends)
+    assert last is None
+    same(y, want[0])
+    heads, added = (t.unflatten(2, (3, 1)) for t in (x, residual))
+    y, last = fla_conv(heads, weight, bias, added, before, True, "silu", cu_seqlens=ends)
+    same((y.flatten(2), last), oracle(x, weight, bias, residual, before))
+    half = x.bfloat16(), weight.bfloat16(), None, residual
+    assert fla_conv(*half, cu_seqlens=ends)[0].dtype == torch.bfloat16

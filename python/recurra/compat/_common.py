@@ -67,7 +67,7 @@ def check_indices(op: str, name: str, x: Tensor, rows: int, states: int | None =
             op, f"{name} must have dtype int32 or int64, got {str(x.dtype).removeprefix('torch.')}"
         )
     check_shape(op, name, x, "(batch,)", (rows,))
-    if states is None or torch.compiler.is_compiling():
+    if states is None or x.is_meta or torch.compiler.is_compiling():
         return
     used = [i for i in x.tolist() if i >= 0]
     if any(i >= states for i in used):
@@ -78,12 +78,13 @@ def check_indices(op: str, name: str, x: Tensor, rows: int, states: int | None =
 
 
 def check_written(op: str, name: str, x: Tensor) -> None:
-    """Refuses what cannot be written in place or is no number with a fraction."""
-    if not x.is_floating_point():
+    """Refuses what cannot be written in place or has no fractions."""
+    if not (x.is_floating_point() or x.is_complex()):
         dtype = str(x.dtype).removeprefix("torch.")
         fail(op, f"{name} must have dtype float32, float64, bfloat16 or float16, got {dtype}")
-    if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
-        fail(op, f"{name} is written in place and must not be expanded, got strides {x.stride()}")
+    steps = x.stride()
+    if 0 in steps and any(s == 0 and n > 1 for s, n in zip(steps, x.shape, strict=True)):
+        fail(op, f"{name} is written in place and must not be expanded, got strides {steps}")
 
 
 def activation(name: str | None) -> str | None:

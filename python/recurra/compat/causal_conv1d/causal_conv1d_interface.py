@@ -12,7 +12,17 @@ from torch.nn import functional as F
 
 from recurra._check import fail
 from recurra.compat import _common
-from recurra.compat._common import absent, kernels, parameter, records_gradient, state
+from recurra.compat._common import (
+    absent,
+    check_dims,
+    check_indices,
+    check_shape,
+    check_written,
+    kernels,
+    parameter,
+    records_gradient,
+    state,
+)
 
 __getattr__ = absent("causal_conv1d")
 
@@ -48,18 +58,22 @@ def causal_conv1d_fn(
         RuntimeError: an argument has the wrong shape, dtype or device, the activation is unknown,
             or ``seq_idx`` comes with initial or final states.
     """
-    rows = x.transpose(1, 2) if x.dim() == 3 else x
+    name = "causal_conv1d_fn"
+    _check(name, x, weight, bias)
+    before = x.shape[0], x.shape[1], weight.shape[1] - 1
+    check_shape(name, "initial_states", initial_states, "(batch, dim, width - 1)", before)
+    rows = x.transpose(1, 2)
     weight, bias = parameter(weight, x), parameter(bias, x)
     silu = _common.activation(activation)
     op = kernels(x).causal_conv1d
     if seq_idx is not None:
         if initial_states is not None or return_final_states:
-            fail("causal_conv1d_fn", "seq_idx must be None with initial or final states")
+            fail(name, "seq_idx must be None with initial or final states")
         return _packed(op, rows, weight, bias, seq_idx, silu).transpose(1, 2)
-    if initial_states is not None and initial_states.dim() != 3:
-        got = tuple(initial_states.shape)
-        fail("causal_conv1d_fn", f"initial_states must have shape (B, D, W - 1), got {got}")
     h0 = None if initial_states is None else state(initial_states.transpose(1, 2), x)
+    if return_final_states and final_states_out is not None:
+        check_shape(name, "final_states_out", final_states_out, "(batch, dim, width - 1)", before)
+        check_written(name, "final_states_out", final_states_out)
     y, h_last = op(rows, weight, bias, h0, activation=silu)
     if not return_final_states:
         return y.transpose(1, 2)
@@ -72,10 +86,10 @@ def causal_conv1d_fn(
 def _packed(op, rows: Tensor, weight, bias, seq_idx: Tensor, activation: str | None) -> Tensor:
     """The convolution of (B, T, D) within runs of equal ``seq_idx``: one packed row of them."""
     if seq_idx.dtype not in (torch.int32, torch.int64):
-        fail("causal_conv1d_fn", f"seq_idx must be int32 or int64, got {seq_idx.dtype}")
-    if seq_idx.shape != rows.shape[:2]:
-        wanted, got = tuple(rows.shape[:2]), tuple(seq_idx.shape)
-        fail("causal_conv1d_fn", f"seq_idx must have shape (batch, seqlen) = {wanted}, got {got}")
+        got = str(seq_idx.dtype).removeprefix("torch.")
+        fail("causal_conv1d_fn", f"seq_idx must have dtype int32 or int64, got {got}")
+    wanted = tuple(rows.shape[:2])
+    check_shape("causal_conv1d_fn", "seq_idx", seq_idx, "(batch, seqlen)", wanted)
     starts = torch.ones_like(seq_idx, dtype=torch.bool)
     starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
     ends = starts.new_tensor([seq_idx.numel()], dtype=torch.int64)
@@ -100,20 +114,21 @@ def causal_conv1d_update(
         x: (batch, dim) or (batch, dim, seqlen).
         conv_state: (batch, dim, state_len) with state_len >= width - 1, or (slots, dim, state_len)
             with ``conv_state_indices``: the last inputs, oldest first, or a ring with
-            ``cache_seqlens``. Any real dtype.
+            ``cache_seqlens``. Any dtype that ``x`` may have.
         weight: (dim, width).
         bias: (dim,).
         activation: None, ``"silu"`` or ``"swish"``.
         cache_seqlens: (batch,), how many inputs each sequence has had: ``conv_state`` is a ring
             whose next place is that, modulo state_len.
-        conv_state_indices: (batch,), which state each row uses; a row whose index is negative
-            changes nothing and returns zeros.
+        conv_state_indices: (batch,), which state each row uses, none twice; a row whose index is
+            negative changes nothing and returns zeros.
 
     Returns:
         The shape and dtype of ``x``. Where autograd records, gradients reach every argument.
 
     Raises:
-        RuntimeError: an argument has the wrong shape, dtype or device.
+        RuntimeError: an argument has the wrong shape, dtype or device, or an index is too large
+            or repeated. The state is as it was then.
     """
     name = "causal_conv1d_update"
     if x.dim() == 2:
@@ -121,9 +136,8 @@ def causal_conv1d_update(
             x[..., None], conv_state, weight, bias, activation, cache_seqlens, conv_state_indices
         )
         return one[..., 0]
-    if x.dim() != 3 or conv_state.dim() != 3 or weight.dim() != 2:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (x, conv_state, weight))
-        fail(name, f"x, conv_state and weight must have 3, 3 and 2 dimensions, got {shapes}")
+    _check(name, x, weight, bias)
+    _check_state(name, x, conv_state, cache_seqlens, conv_state_indices)
     length, before = conv_state.shape[2], weight.shape[1] - 1
     if length < before:
         fail(name, f"state_len must be at least width - 1 = {before}, got {length}")
@@ -159,6 +173,30 @@ def causal_conv1d_update(
     used = conv_state_indices >= 0
     conv_state[rows[used]] = states[used]
     return y.masked_fill(~used[:, None, None], 0)
+
+
+def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_dims(name, "x", x, "(batch, dim, seqlen)")
+    check_dims(name, "weight", weight, "(dim, width)")
+    if weight.shape[0] != x.shape[1]:
+        dim, got = x.shape[1], tuple(weight.shape)
+        fail(name, f"weight must have shape (dim, width) with dim = {dim} as in x, got {got}")
+    check_shape(name, "bias", bias, "(dim,)", (x.shape[1],))
+
+
+def _check_state(name: str, x: Tensor, conv_state: Tensor, cache_seqlens, indices) -> None:
+    check_dims(name, "conv_state", conv_state, "(batch, dim, state_len)")
+    slots, _, length = conv_state.shape
+    if indices is None:
+        wanted = x.shape[0], x.shape[1], length
+        check_shape(name, "conv_state", conv_state, "(batch, dim, state_len)", wanted)
+    else:
+        wanted = slots, x.shape[1], length
+        check_shape(name, "conv_state", conv_state, "(slots, dim, state_len)", wanted)
+        check_indices(name, "conv_state_indices", indices, x.shape[0], slots)
+    if cache_seqlens is not None:
+        check_indices(name, "cache_seqlens", cache_seqlens, x.shape[0])
+    check_written(name, "conv_state", conv_state)
 
 
 def _step(x: Tensor, conv_state: Tensor, weight, bias, activation: str | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from recurra import reference
 from recurra._check import fail
-from recurra.compat._common import absent, kernels, parameter
+from recurra.compat._common import absent, check_dims, check_shape, kernels, parameter
 from recurra.ops.rms_norm import rms_norm
 
 __getattr__ = absent("mamba_ssm")
@@ -76,12 +76,7 @@ def selective_scan_ref(
 
 
 def _scan(op, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state):
-    if u.dim() != 3:
-        fail("selective_scan_fn", f"u must have shape (B, D, L), got {tuple(u.shape)}")
-    for name, x in (("B", B), ("C", C)):
-        if x.dim() not in (2, 3, 4):
-            shapes = "(D, N), (B, N, L) or (B, G, N, L)"
-            fail("selective_scan_fn", f"{name} must have shape {shapes}, got {tuple(x.shape)}")
+    _check_scan(u, delta, A, B, C, D, z, delta_bias)
     dtype = u.dtype
     if B.dim() == 2 or C.dim() == 2:
         # Constant ones are parameters and keep their precision.
@@ -91,17 +86,53 @@ def _scan(op, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_s
         B, C = (x if x.is_complex() else x.to(wide) for x in (B, C))
     y, h_last = op(
         u.transpose(1, 2),
-        delta.transpose(1, 2) if delta.dim() == 3 else delta,
+        delta.transpose(1, 2),
         parameter(A, u),
         _rows(B, u, A),
         _rows(C, u, A),
         parameter(D, u),
-        z.transpose(1, 2) if z is not None and z.dim() == 3 else z,
+        None if z is None else z.transpose(1, 2),
         parameter(delta_bias, u),
         delta_softplus=delta_softplus,
     )
     y = y.transpose(1, 2).to(dtype)
     return (y, h_last) if return_last_state else y
+
+
+def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:
+    op = "selective_scan_fn"
+    check_dims(op, "u", u, "(batch, dim, seqlen)")
+    batch, dim, L = u.shape
+    for name, x in (("delta", delta), ("z", z)):
+        check_shape(op, name, x, "(batch, dim, seqlen)", (batch, dim, L))
+    check_dims(op, "A", A, "(dim, dstate)")
+    N = A.shape[1]
+    check_shape(op, "A", A, "(dim, dstate)", (dim, N))
+    for name, x in (("D", D), ("delta_bias", delta_bias)):
+        check_shape(op, name, x, "(dim,)", (dim,))
+    last, long = ("2 seqlen", 2 * L) if A.is_complex() else ("seqlen", L)
+    for name, x in (("B", B), ("C", C)):
+        if x.dim() == 2:
+            check_shape(op, name, x, "(dim, dstate)", (dim, N))
+            if x.is_complex() != A.is_complex():
+                kind = "complex" if A.is_complex() else "real"
+                fail(op, f"{name} must be {kind} where it is constant and A is {kind}")
+            continue
+        if x.is_complex():
+            fail(op, f"{name} must be real, parts alternating along 2 seqlen, got {x.dtype}")
+        if x.dim() == 4:
+            groups = x.shape[1]
+            letters = f"(batch, groups, dstate, {last})"
+            check_shape(op, name, x, letters, (batch, groups, N, long))
+            if groups == 0 or dim % groups:
+                fail(op, f"the number of groups of {name} must divide dim = {dim}, got {groups}")
+        else:
+            check_shape(op, name, x, f"(batch, dstate, {last})", (batch, N, long))
+    if min(B.dim(), C.dim()) == 2 and not torch.is_autocast_enabled(u.device.type):
+        # The op would say so, but for what is widened beside constants.
+        for name, x in (("delta", delta), ("z", z), ("B", B), ("C", C)):
+            if x is not None and x.dim() > 2 and x.dtype != u.dtype:
+                fail(op, f"{name} must have the dtype of u, {u.dtype}, got {x.dtype}")
 
 
 def _rows(x: Tensor, u: Tensor, A: Tensor) -> Tensor:
@@ -110,7 +141,7 @@ def _rows(x: Tensor, u: Tensor, A: Tensor) -> Tensor:
         return x.expand(u.shape[0], u.shape[2], *x.shape)
     if A.is_complex():
         x = x.float() if x.dtype.itemsize == 2 else x
-        x = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        x = torch.view_as_complex(x.reshape(*x.shape[:-1], u.shape[2], 2))
     return x.transpose(1, 2) if x.dim() == 3 else x.permute(0, 3, 1, 2)
 
 
@@ -152,7 +183,7 @@ def mamba_inner_fn(
         checkpoint_lvl: 0 or 1. The package recomputes the convolution and the time step in the
             backward at 1; here both levels keep them.
         b_rms_weight, c_rms_weight, dt_rms_weight: (dstate,), (dstate,), (dim,); root mean square
-            norms of B, C and the projected time step.
+            norms of B, C, projected or given in one group, and of the projected time step.
         b_c_dt_rms_eps: of these norms.
 
     Returns:
@@ -221,19 +252,57 @@ def _inner(
         fail(name, f"checkpoint_lvl must be 0 or 1, got {checkpoint_lvl}")
     if xz.dim() != 3 or xz.shape[1] % 2:
         fail(name, f"xz must have shape (batch, 2 dim, seqlen), got {tuple(xz.shape)}")
-    if conv1d_weight.dim() != 3 or conv1d_weight.shape[1] != 1:
-        got = tuple(conv1d_weight.shape)
-        fail(name, f"conv1d_weight must have shape (dim, 1, width), got {got}")
+    dim = xz.shape[1] // 2
+    check_dims(name, "conv1d_weight", conv1d_weight, "(dim, 1, width)")
+    wanted = dim, 1, conv1d_weight.shape[2]
+    check_shape(name, "conv1d_weight", conv1d_weight, "(dim, 1, width)", wanted)
+    check_shape(name, "conv1d_bias", conv1d_bias, "(dim,)", (dim,))
+    check_dims(name, "delta_proj_weight", delta_proj_weight, "(dim, rank)")
+    check_dims(name, "A", A, "(dim, dstate)")
+    rank = delta_proj_weight.shape[1]
+    size = A.shape[1] * (2 if A.is_complex() else 1)
+    states = "2 dstate" if A.is_complex() else "dstate"
+    check_shape(name, "delta_proj_weight", delta_proj_weight, "(dim, rank)", (dim, rank))
+    # With a B or a C given its rows may be missing.
+    rows, least = rank + 2 * size, rank + size * ((B is None) + (C is None))
+    got = tuple(x_proj_weight.shape)
+    if len(got) != 2 or got[1] != dim or not least <= got[0] <= rows:
+        wanted = f"(rank + 2 {states}, dim) = {(rows, dim)}"
+        fail(name, f"x_proj_weight must have shape {wanted}, got {got}")
+    check_dims(name, "out_proj_weight", out_proj_weight, "(d_model, dim)")
+    width = out_proj_weight.shape[0]
+    check_shape(name, "out_proj_weight", out_proj_weight, "(d_model, dim)", (width, dim))
+    check_shape(name, "out_proj_bias", out_proj_bias, "(d_model,)", (width,))
+    for what, p, length in (
+        ("B_proj_bias", B_proj_bias, size),
+        ("C_proj_bias", C_proj_bias, size),
+        ("b_rms_weight", b_rms_weight, size),
+        ("c_rms_weight", c_rms_weight, size),
+    ):
+        check_shape(name, what, p, f"({states},)", (length,))
+    check_shape(name, "dt_rms_weight", dt_rms_weight, "(dim,)", (dim,))
 
-    def project(x: Tensor, bias: Tensor | None, weight: Tensor | None) -> Tensor:
+    def project(x: Tensor, bias: Tensor | None) -> Tensor:
         """B or C out of the projection of the input, as selective_scan_fn takes it."""
-        if bias is not None:
-            x = x + bias.to(x.dtype)
-        if weight is not None:
-            x = _norm(x, weight, eps)
+        x = x if bias is None else x + bias.to(x.dtype)
         if A.is_complex():  # (B, L, 2 N) -> (B, N, 2 L)
-            return x.unflatten(2, (-1, 2)).transpose(1, 2).flatten(2)
+            return x.unflatten(2, (A.shape[1], 2)).transpose(1, 2).flatten(2)
         return x.transpose(1, 2)
+
+    def norm(what: str, x: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is None:
+            return x
+        shape = x.shape
+        if x.dim() == 4 and x.shape[1] == 1:
+            x = x[:, 0]
+        if x.dim() != 3:
+            got = tuple(shape)
+            fail(name, f"{what} must be (batch, 1, dstate, seqlen) to be normed, got {got}")
+        if A.is_complex():  # (B, N, 2 L) -> (B, L, 2 N)
+            x = x.unflatten(2, (xz.shape[2], 2)).transpose(1, 2).flatten(2)
+        else:
+            x = x.transpose(1, 2)
+        return project(_norm(x, weight, eps), None).view(shape)
 
     x, z = xz.chunk(2, dim=1)
     x, _ = ops.causal_conv1d(
@@ -242,16 +311,15 @@ def _inner(
         parameter(conv1d_bias, x),
         activation="silu",
     )
-    rank = delta_proj_weight.shape[1]
-    size = A.shape[1] * (2 if A.is_complex() else 1)
     projected = F.linear(x, x_proj_weight)
     delta = F.linear(projected[..., :rank], delta_proj_weight)
     if dt_rms_weight is not None:
         delta = _norm(delta, dt_rms_weight, eps)
     if B is None:
-        B = project(projected[..., rank : rank + size], B_proj_bias, b_rms_weight)
+        B = project(projected[..., rank : rank + size], B_proj_bias)
     if C is None:
-        C = project(projected[..., projected.shape[2] - size :], C_proj_bias, c_rms_weight)
+        C = project(projected[..., projected.shape[2] - size :], C_proj_bias)
+    B, C = norm("B", B, b_rms_weight), norm("C", C, c_rms_weight)
     y = _scan(
         ops.selective_scan, x.transpose(1, 2), delta.transpose(1, 2), A, B, C, D, z, delta_bias,
         delta_softplus, False,

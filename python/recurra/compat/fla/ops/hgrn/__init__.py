@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recurra.compat._common import absent, kernels, state
+from recurra.compat._common import absent, check_dims, check_shape, kernels, state
 
 __all__ = ["chunk_hgrn", "fused_recurrent_hgrn"]
 __getattr__ = absent("fla")
@@ -34,13 +34,16 @@ def fused_recurrent_hgrn(
     Raises:
         RuntimeError: an argument has the wrong shape, dtype or device.
     """
+    op = "fused_recurrent_hgrn"
+    check_dims(op, "x", x, "(B, T, D)")
+    check_shape(op, "g", g, "of x", tuple(x.shape))
+    N = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    check_shape(op, "initial_state", initial_state, "(N, D)", (N, x.shape[2]))
     wide = torch.promote_types(x.dtype, g.dtype)
-    h0 = state(initial_state, x)
-    h, h_last = kernels(x).linear_scan(
-        g.to(wide), x.to(wide), h0, log_a=True, cu_seqlens=cu_seqlens
-    )
-    h = h.to(x.dtype)
-    return h, h_last if output_final_state else None
+    b = x.to(wide)
+    h0 = state(initial_state, b)
+    h, h_last = kernels(x).linear_scan(g.to(wide), b, h0, log_a=True, cu_seqlens=cu_seqlens)
+    return h.to(x.dtype), h_last if output_final_state else None
 
 
 def chunk_hgrn(

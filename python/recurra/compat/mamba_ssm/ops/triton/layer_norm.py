@@ -52,7 +52,7 @@ def layer_norm_fn(
         RuntimeError: an argument has the wrong shape or dtype, ``rowscale`` comes with ``x1``, or
             ``dropout_p`` is no probability.
     """
-    op = "layer_norm_fn"
+    op = "rms_norm_fn" if is_rms_norm else "layer_norm_fn"
     check_norm(op, x, weight=weight, bias=bias, weight1=weight1, bias1=bias1)
     for name, t in (("x1", x1), ("residual", residual)):
         check_shape(op, name, t, "of x", tuple(x.shape))

@@ -41,10 +41,11 @@ def layernorm_fn(
             dim.
     """
     dtype, width = x.dtype, x.shape[-1]
-    check_norm("layernorm_fn", x, weight=weight, bias=bias)
-    check_shape("layernorm_fn", "z", z, "of x", tuple(x.shape))
+    op = "rmsnorm_fn" if is_rms_norm else "layernorm_fn"
+    check_norm(op, x, weight=weight, bias=bias)
+    check_shape(op, "z", z, "of x", tuple(x.shape))
     if group_size is not None and (group_size < 1 or width % group_size):
-        fail("layernorm_fn", f"group_size must divide dim = {width}, got {group_size}")
+        fail(op, f"group_size must divide dim = {width}, got {group_size}")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, weight = x.to(wide), weight.to(wide)
     gate = None if z is None else F.silu(z.to(wide))

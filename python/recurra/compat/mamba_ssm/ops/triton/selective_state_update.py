@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from recurra import reference
 from recurra._check import fail
-from recurra.compat._common import absent, kernels, parameter, records_gradient, state
+from recurra.compat._common import (
+    absent,
+    check_indices,
+    check_shape,
+    check_written,
+    kernels,
+    parameter,
+    records_gradient,
+    state,
+)
 
 __getattr__ = absent("mamba_ssm")
 _NAME = "selective_state_update"
+# Of a state with so many dimensions: what a row, the rates and the parameters have.
+_LETTERS = {
+    3: ("(batch, dim)", "(dim, dstate)", "(dim,)", "dim"),
+    4: ("(batch, heads, dim)", "(heads, dim, dstate)", "(heads, dim)", "heads"),
+}
 
 
 def selective_state_update(
@@ -29,8 +44,10 @@ def selective_state_update(
 
     Args:
         state: (batch, dim, dstate), or (batch, heads, dim, dstate) for Mamba-2, or with the
-            number of slots for batch where ``state_batch_indices`` is given. Any real dtype.
-        x, dt, z: (batch, dim) or (batch, heads, dim); expanded views are welcome.
+            number of slots for batch where ``state_batch_indices`` is given. Any dtype that ``x``
+            may have.
+        x, dt, z: (batch, dim) or (batch, heads, dim); expanded views are welcome. Where their
+            dtypes or those of B and C differ the step is computed in float32 or float64.
         A: (dim, dstate) or (heads, dim, dstate).
         B, C: (batch, dstate) or (batch, groups, dstate).
         D, dt_bias: (dim,) or (heads, dim).
@@ -42,7 +59,8 @@ def selective_state_update(
         The shape and dtype of ``x``. Where autograd records, gradients reach every argument.
 
     Raises:
-        RuntimeError: an argument has the wrong shape, dtype or device.
+        RuntimeError: an argument has the wrong shape, dtype or device, or an index is too large
+            or repeated. The state is as it was then.
     """
     return _update(
         kernels(x), state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices
@@ -66,17 +84,14 @@ def selective_state_update_ref(
 
 
 def _update(ops, whole, x, dt, A, B, C, D, z, dt_bias, dt_softplus, slots):
-    shape = x.shape
+    _check(whole, x, dt, A, B, C, D, z, dt_bias, slots)
+    shape, dtype = x.shape, x.dtype
+    if not (dt.dtype == B.dtype == C.dtype == dtype and (z is None or z.dtype == dtype)):
+        given = (None if t is None else t.dtype for t in (x, dt, B, C, z))
+        wide = torch.float64 if torch.float64 in given else torch.float32
+        x, dt, B, C, z = (None if t is None else t.to(wide) for t in (x, dt, B, C, z))
     if whole.dim() == 4:
-        heads, dim, N = whole.shape[1:]
-        if x.shape[1:] != (heads, dim) or A.shape != (heads, dim, N):
-            wanted = f"{(x.shape[0], heads, dim)} and {(heads, dim, N)}"
-            fail(
-                _NAME,
-                f"x and A must have shapes {wanted}, got {tuple(x.shape)} and {tuple(A.shape)}",
-            )
-        if B.dim() == 3 and heads % max(B.shape[1], 1):
-            fail(_NAME, f"the number of groups must divide heads = {heads}, got {B.shape[1]}")
+        dim, N = whole.shape[2:]
         # A head's channels are neighbours, and so are the channels of a group of heads. A that
         # is one number a head, an expanded view, stays one number a channel.
         tied = A.stride(2) == 0
@@ -86,15 +101,13 @@ def _update(ops, whole, x, dt, A, B, C, D, z, dt_bias, dt_softplus, slots):
         D, dt_bias = (None if t is None else t.flatten() for t in (D, dt_bias))
         states = whole.flatten(1, 2)
         viewed = whole.stride(1) == dim * whole.stride(2)
-    elif whole.dim() == 3:
-        states, viewed = whole, True
     else:
-        fail(_NAME, f"state must have 3 or 4 dimensions, got {whole.dim()}")
+        states, viewed = whole, True
     arguments = [x, dt, parameter(A, x), B, C, parameter(D, x), z, parameter(dt_bias, x)]
     recording = records_gradient(whole, *arguments)
     if not recording and viewed and state(states[:0], x).dtype == states.dtype:
         y = ops.selective_scan_step(states, *arguments, delta_softplus=dt_softplus, slots=slots)
-        return y.view(shape)
+        return y.view(shape).to(dtype)
     # A copy of the rows: in another dtype, or because a backward needs what is about to change.
     rows = slice(None) if slots is None else slots.clamp(min=0).long()
     h = state(states[rows].clone(), x)
@@ -109,7 +122,34 @@ def _update(ops, whole, x, dt, A, B, C, D, z, dt_bias, dt_softplus, slots):
         y = ops.selective_scan_step(h, *arguments, delta_softplus=dt_softplus)
     if slots is None:
         whole.copy_(h.view(whole.shape))
-        return y.view(shape)
+        return y.view(shape).to(dtype)
     used = slots >= 0
     whole[rows[used]] = h[used].view(-1, *whole.shape[1:]).to(whole.dtype)
-    return y.masked_fill(~used[:, None], 0).view(shape)
+    return y.masked_fill(~used[:, None], 0).view(shape).to(dtype)
+
+
+def _check(whole, x, dt, A, B, C, D, z, dt_bias, slots) -> None:
+    if whole.dim() not in (3, 4):
+        fail(_NAME, f"state must have 3 or 4 dimensions, got {whole.dim()}")
+    row, rates, parameters, of = _LETTERS[whole.dim()]
+    states, *inner, N = whole.shape
+    batch = states if slots is None else slots.shape[0] if slots.dim() else 1
+    wanted = (batch, *inner)
+    check_shape(_NAME, "x", x, row, wanted)
+    check_shape(_NAME, "dt", dt, row, wanted)
+    check_shape(_NAME, "z", z, row, wanted)
+    check_shape(_NAME, "A", A, rates, (*inner, N))
+    wanted = tuple(inner)
+    check_shape(_NAME, "D", D, parameters, wanted)
+    check_shape(_NAME, "dt_bias", dt_bias, parameters, wanted)
+    if B.dim() == 3:
+        groups = B.shape[1]
+        check_shape(_NAME, "B", B, "(batch, groups, dstate)", (batch, groups, N))
+        if groups == 0 or inner[0] % groups:
+            fail(_NAME, f"the number of groups must divide {of} = {inner[0]}, got {groups}")
+    else:
+        check_shape(_NAME, "B", B, "(batch, dstate)", (batch, N))
+    check_shape(_NAME, "C", C, "of B", tuple(B.shape))
+    if slots is not None:
+        check_indices(_NAME, "state_batch_indices", slots, batch, states)
+    check_written(_NAME, "state", whole)
