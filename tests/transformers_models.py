@@ -7,6 +7,7 @@ import importlib
 import torch
 from torch import nn
 
+VOCABULARY = 64
 _ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 _DELTA = {
     "linear_num_key_heads": 2,
@@ -23,6 +24,17 @@ _LATENT = {
     "qk_rope_head_dim": 4,
     "qk_nope_head_dim": 8,
     "v_head_dim": 8,
+}
+_INKLING = _ATTENTION | {
+    "layer_types": ["hybrid_sliding", "hybrid"],
+    "d_rel": 4,
+    "rel_extent": 16,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
 }
 _LINEAR = ["linear_attention", "full_attention"]
 
@@ -127,19 +139,27 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         | {"layer_types": ["conv", "full_attention"], "num_attention_heads": 4}
         | {"num_key_value_heads": 2, "num_dense_layers": 1},
     ),
-    "inkling": (
-        "InklingForCausalLM",
-        _ATTENTION
-        | {"layer_types": ["hybrid_sliding", "hybrid"], "d_rel": 4, "rel_extent": 16}
-        | {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8}
-        | {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "lfm3": (
+        "Lfm3ForCausalLM",
+        {"layer_types": ["conv", "full_attention"], "num_attention_heads": 4}
+        | {"num_key_value_heads": 2},
     ),
-    "inkling2": (
-        "Inkling2ForCausalLM",
+    "lara_mini": (
+        "LaraMiniForCausalLM",
         _ATTENTION
-        | {"layer_types": ["hybrid_sliding", "hybrid"], "d_rel": 4, "rel_extent": 16}
-        | {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8}
-        | {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2},
+        | _DELTA
+        | _EXPERTS
+        | {"layer_types": _LINEAR, "shared_expert_intermediate_size": 16},
+    ),
+    "inkling": ("InklingForCausalLM", _INKLING),
+    "inkling2": ("Inkling2ForCausalLM", _INKLING | {"unpadded_vocab_size": VOCABULARY}),
+    "inkling2_loop": (
+        "Inkling2LoopForCausalLM",
+        _INKLING
+        | {"unpadded_vocab_size": VOCABULARY, "loop_gate_rank": 4, "loop_num_passes": 2}
+        | {"n_layers_per_attn_res_block": 2, "num_hidden_layers": 6}
+        | {"layer_types": ["hybrid_sliding", "hybrid"] * 3}
+        | {"loop_layer_index_start": 2, "loop_layer_index_end": 4},
     ),
     "recurrent_gemma": (
         "RecurrentGemmaForCausalLM",
@@ -148,7 +168,6 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     ),
     "rwkv": ("RwkvForCausalLM", {"attention_hidden_size": 32, "context_length": 64}),
 }
-VOCABULARY = 64
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,

@@ -66,8 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward_cpu(
   Tensor dbias = bias ? empty_like(*bias) : empty(weight, {channels}, dtype_of(weight));
   Tensor dh0 = h0 ? empty_like(*h0)
                   : empty(x, {args.sequences.count, taps - 1, channels}, state_dtype(dtype));
-  Tensor partial = empty(x, {args.span_count, taps + 1, channels},
-                         computes_in_double(dtype) ? DType::f64 : DType::f32);
+  Tensor partial = empty(x, {args.span_count, taps + 1, channels}, state_dtype(dtype));
   args.dy = view<3>(dy);
   args.dh_last = view<3>(dh_last);
   args.x = view<3>(x);

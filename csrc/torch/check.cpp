@@ -402,8 +402,7 @@ OptionalTensor partial_sums(const Tensor& a, const Tensor& full) {
   // At least one sum, so that a gradient shared by no channels at all is written too.
   const int64_t lanes =
       a.size(2) == channels ? channels : std::max<int64_t>(1, (channels + 15) / 16);
-  return zeros(a, {a.size(0), a.size(1), lanes},
-               computes_in_double(dtype_of(full)) ? DType::f64 : DType::f32);
+  return zeros(a, {a.size(0), a.size(1), lanes}, state_dtype(dtype_of(full)));
 }
 
 }  // namespace recurra

@@ -38,10 +38,6 @@ void check_groups(const char* op, int64_t channels, const char* name, const Tens
                  std::to_string(channels) + ", got " + std::to_string(groups));
 }
 
-DType compute_dtype(const Tensor& u) {
-  return computes_in_double(dtype_of(u)) ? DType::f64 : DType::f32;
-}
-
 DType lane_state_dtype(const Tensor& u, const Tensor& A) {
   const DType real = state_dtype(dtype_of(u));
   return is_complex(dtype_of(A)) ? (real == DType::f64 ? DType::c128 : DType::c64) : real;
@@ -108,10 +104,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, bool save, const Tens
   const int64_t count = args.sequences.count, padded = args.spans.padded();
   Tensor y = empty_like(u);
   Tensor h_last = empty(u, {count, u.size(2), A.size(1)}, lane_state_dtype(u, A));
-  Tensor saved = empty(u, {save ? args.chunk_rows() : 0, args.rows(), padded}, compute_dtype(u));
-  Tensor lanes_A = empty(u, {args.rows(), padded}, compute_dtype(u));
+  Tensor saved =
+      empty(u, {save ? args.chunk_rows() : 0, args.rows(), padded}, state_dtype(dtype_of(u)));
+  Tensor lanes_A = empty(u, {args.rows(), padded}, state_dtype(dtype_of(u)));
   const int64_t scratch = args.states() <= kFewStates ? 0 : count;
-  Tensor state = empty(u, {scratch, args.rows(), padded}, compute_dtype(u));
+  Tensor state = empty(u, {scratch, args.rows(), padded}, state_dtype(dtype_of(u)));
   args.y = view<3>(y);
   args.h_last = view<3>(h_last);
   args.saved = save ? saved.data_ptr() : nullptr;
@@ -177,7 +174,7 @@ selective_scan_backward_cpu(OptionalTensor dy, OptionalTensor dh_last, Tensor sa
   args.dh_last = view<3>(dh_last);
 
   const int64_t count = args.sequences.count, padded = args.spans.padded(), rows = args.rows();
-  const DType compute = compute_dtype(u);
+  const DType compute = state_dtype(dtype_of(u));
   if (saved.dim() != 3 || saved.size(0) != args.chunk_rows() || saved.size(1) != rows ||
       saved.size(2) != padded || dtype_of(saved) != compute || !saved.is_contiguous())
     fail(op, "saved must be what _selective_scan_save returned");
@@ -251,8 +248,8 @@ Tensor selective_scan_step_cpu(Tensor h, Tensor u, Tensor delta, Tensor A, Tenso
   Tensor y = empty_like(u);
   const int64_t rows = args.rows(), padded = args.spans.padded();
   const int64_t scratch = args.states() <= kFewStates ? 0 : u.size(0);
-  Tensor lanes_A = empty(u, {rows, padded}, compute_dtype(u));
-  Tensor state = empty(u, {scratch, rows, padded}, compute_dtype(u));
+  Tensor lanes_A = empty(u, {rows, padded}, state_dtype(dtype_of(u)));
+  Tensor state = empty(u, {scratch, rows, padded}, state_dtype(dtype_of(u)));
   args.y = one_step(view<2>(y));
   args.lanes_A = lanes_A.data_ptr();
   args.state = scratch ? state.data_ptr() : nullptr;

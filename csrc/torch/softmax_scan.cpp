@@ -12,10 +12,6 @@ namespace {
 
 using Optional = const OptionalTensor&;
 
-DType compute_dtype(const Tensor& v) {
-  return computes_in_double(dtype_of(v)) ? DType::f64 : DType::f32;
-}
-
 std::tuple<Tensor, Tensor, Tensor> forward(const char* op, bool save, const Tensor& s,
                                            const Tensor& v, Optional h0, Optional decay,
                                            Optional bonus, Optional cu_seqlens) {
@@ -36,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, bool save, const Tens
   Tensor o = empty_like(v);
   Tensor h_last = empty(v, {args.sequences.count, 3, v.size(2)}, state_dtype(dtype_of(v)));
   Tensor saved = empty(v, {save ? args.sequences.chunk_rows(kSoftmaxChunk) : 0, 3, args.padded()},
-                       compute_dtype(v));
+                       state_dtype(dtype_of(v)));
   args.o = view<3>(o);
   args.h_last = view<3>(h_last);
   args.saved = save ? saved.data_ptr() : nullptr;
@@ -80,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_scan_backward_cpu(
   args.dh_last = view<3>(dh_last);
 
   const int64_t count = args.sequences.count, channels = v.size(2), padded = args.padded();
-  const DType compute = compute_dtype(v);
+  const DType compute = state_dtype(dtype_of(v));
   if (saved.dim() != 3 || saved.size(0) != args.sequences.chunk_rows(kSoftmaxChunk) ||
       saved.size(1) != 3 || saved.size(2) != padded || dtype_of(saved) != compute ||
       !saved.is_contiguous())
@@ -91,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_scan_backward_cpu(
   args.parts = shared ? 1 : std::clamp<int64_t>(count, 1, 8);
   Tensor ds = empty_like(s), dv = empty_like(v);
   // The values of h0 are in `saved`; here it only says how its gradient lies.
-  Tensor dh0 = h0 ? empty_like(*h0) : empty(v, {count, 3, channels}, state_dtype(dtype_of(v)));
+  Tensor dh0 = h0 ? empty_like(*h0) : empty(v, {count, 3, channels}, compute);
   // Absent arguments have empty gradients.
   Tensor ddecay = decay ? empty_like(*decay) : empty(v, {0}, dtype_of(v));
   Tensor dbonus = bonus ? empty_like(*bonus) : empty(v, {0}, dtype_of(v));

@@ -76,7 +76,7 @@ def _rules(op: str) -> list[_Rule]:
     return rules
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     known = (*_REAL, *_COMPLEX, torch.complex32, torch.int64, torch.int32, torch.int16)
     if dtype in (*known, torch.int8, torch.uint8, torch.bool):
         return str(dtype).removeprefix("torch.")
@@ -93,7 +93,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _check_dtype(op: str, rule: _Rule, tensor: Tensor, lead: _Rule, leader: Tensor) -> None:
-    got = _dtype_name(tensor.dtype)
+    got = dtype_name(tensor.dtype)
     if rule.kind == "index":
         if tensor.dtype not in (torch.int32, torch.int64):
             fail(op, f"{rule.name} must have dtype int32 or int64, got {got}")
@@ -114,10 +114,10 @@ def _check_dtype(op: str, rule: _Rule, tensor: Tensor, lead: _Rule, leader: Tens
     if rule.complex and not act.is_complex:
         allowed.append(torch.complex128 if act == torch.float64 else torch.complex64)
     if tensor.dtype not in allowed:
-        wanted = " or ".join(_dtype_name(d) for d in allowed)
+        wanted = " or ".join(dtype_name(d) for d in allowed)
         fail(
             op,
-            f"{rule.name} must have dtype {wanted} where {lead.name} has {_dtype_name(act)}, "
+            f"{rule.name} must have dtype {wanted} where {lead.name} has {dtype_name(act)}, "
             f"got {got}",
         )
 

@@ -240,7 +240,7 @@ def _decode(shape: _Shape, limit: float) -> list[Measured]:
 
 
 def _install() -> list[Measured]:
-    """In new processes, before and after transformers is imported."""
+    """In new processes, with transformers imported, and with the file of a model."""
     out = []
     for setup in ("import transformers", "import transformers.models.mamba.modeling_mamba"):
         code = (

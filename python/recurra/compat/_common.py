@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from recurra import ops, reference
-from recurra._check import fail
-
-HALF = (torch.bfloat16, torch.float16)
+from recurra._check import dtype_name, fail, state_dtype
 
 
 def absent(package: str) -> Callable[[str], object]:
@@ -36,14 +34,14 @@ def records_gradient(*tensors: Tensor | None) -> bool:
 
 def parameter(p: Tensor | None, x: Tensor) -> Tensor | None:
     """A parameter in a dtype that the ops take beside activations like ``x``."""
-    return p.float() if p is not None and p.dtype in HALF and p.dtype != x.dtype else p
+    return p if p is None or p.dtype == x.dtype else p.to(state_dtype(p.dtype))
 
 
 def state(h: Tensor | None, x: Tensor) -> Tensor | None:
     """A state in the dtype that the ops keep beside activations like ``x``."""
     if h is None or h.is_complex():
         return h
-    dtype = torch.float32 if x.dtype in HALF else x.dtype
+    dtype = state_dtype(x.dtype)
     return h if h.dtype == dtype else h.to(dtype)
 
 
@@ -59,13 +57,27 @@ def check_dims(op: str, name: str, x: Tensor, letters: str) -> None:
         fail(op, f"{name} must have shape {letters}, got {tuple(x.shape)}")
 
 
+def check_dtype(op: str, name: str, x: Tensor, right: bool, wanted: str) -> None:
+    """Refuses a dtype where it is not ``right``."""
+    if not right:
+        fail(op, f"{name} must have dtype {wanted}, got {dtype_name(x.dtype)}")
+
+
+def check_integers(op: str, name: str, x: Tensor) -> None:
+    """Refuses what an index may not be."""
+    check_dtype(op, name, x, x.dtype in (torch.int32, torch.int64), "int32 or int64")
+
+
+def check_floating(op: str, name: str, x: Tensor, complex_too: bool = False) -> None:
+    """Refuses what has no fractions."""
+    right = x.is_floating_point() or (complex_too and x.is_complex())
+    check_dtype(op, name, x, right, "float32, float64, bfloat16 or float16")
+
+
 def check_indices(op: str, name: str, x: Tensor, rows: int, states: int | None = None) -> None:
     """Refuses what is not one integer a row, and with ``states`` what is not a place among so many
     of its own, or negative."""
-    if x.dtype not in (torch.int32, torch.int64):
-        fail(
-            op, f"{name} must have dtype int32 or int64, got {str(x.dtype).removeprefix('torch.')}"
-        )
+    check_integers(op, name, x)
     check_shape(op, name, x, "(batch,)", (rows,))
     if states is None or x.is_meta or torch.compiler.is_compiling():
         return
@@ -79,9 +91,7 @@ def check_indices(op: str, name: str, x: Tensor, rows: int, states: int | None =
 
 def check_written(op: str, name: str, x: Tensor) -> None:
     """Refuses what cannot be written in place or has no fractions."""
-    if not (x.is_floating_point() or x.is_complex()):
-        dtype = str(x.dtype).removeprefix("torch.")
-        fail(op, f"{name} must have dtype float32, float64, bfloat16 or float16, got {dtype}")
+    check_floating(op, name, x, complex_too=True)
     steps = x.stride()
     if 0 in steps and any(s == 0 and n > 1 for s, n in zip(steps, x.shape, strict=True)):
         fail(op, f"{name} is written in place and must not be expanded, got strides {steps}")

@@ -98,8 +98,9 @@ def _scan(torch_function: Callable, former: Callable) -> Callable:
         args = (hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
         if not hidden_states.is_cpu:
             return former(*args)
-        dtype = _widest(hidden_states, dt, B, C, z)
-        u, dt, B, C, z = _cast(dtype, hidden_states, dt, B, C, z)
+        rows = hidden_states, dt, B, C, z
+        wide = functools.reduce(torch.promote_types, (t.dtype for t in rows if t is not None))
+        u, dt, B, C, z = (None if t is None else t.to(wide) for t in rows)
         return selective_scan_fn(
             u, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state
         )
@@ -124,20 +125,9 @@ def _update(torch_function: Callable, former: Callable) -> Callable:
             return former(
                 state, hidden_states, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus
             )
-        dtype = _widest(hidden_states, dt, B, C, z)
-        x, dt, B, C, z = _cast(dtype, hidden_states, dt, B, C, z)
-        y = selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
-        return y.to(hidden_states.dtype)
+        return selective_state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
     return update
-
-
-def _widest(*tensors: Tensor | None) -> torch.dtype:
-    return functools.reduce(torch.promote_types, (t.dtype for t in tensors if t is not None))
-
-
-def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.to(dtype) for t in tensors]
 
 
 BY_NAME: dict[str, Callable[[Callable, Callable], Callable]] = {

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from recurra.compat import _packages, _transformers
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from recurra.compat import _packages, _transformers
 
 
 class Installation:
     """What :func:`install` did, until :meth:`uninstall`, or until the end of a ``with``."""
 
-    def __init__(self, stand_ins: _packages.StandIns, real: tuple[str, ...], patches):
+    def __init__(
+        self,
+        stand_ins: _packages.StandIns,
+        real: tuple[str, ...],
+        patches: _transformers.Patches,
+    ):
         self._stand_ins, self.real, self._patches = stand_ins, real, patches
 
     @property
@@ -64,6 +72,8 @@ def install(
     Raises:
         RuntimeError: transformers is there, but not as recurra knows it. Nothing is changed then.
     """
+    from recurra.compat import _packages, _transformers  # which programs without install() spare
+
     global _current
     there = _packages.present("transformers")
     if transformers and not there:
@@ -101,6 +111,8 @@ def report(model) -> str:
         model: a :class:`torch.nn.Module`; of transformers' models the layers with convolutions,
             scans and recurrences are told, one line a kind of layer.
     """
+    from recurra.compat import _transformers
+
     text = _transformers.describe(model, _current._patches if _current else None)
     print(text)
     return text

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recurra import ops
+from recurra._check import state_dtype
 from recurra.compat._common import parameter
 
 
@@ -22,10 +23,6 @@ class Recurrence(NamedTuple):
     layer: str
     parameters: tuple[str, ...]
     make: Callable[[Callable], Callable]
-
-    @property
-    def file(self) -> str:
-        return self.module.removeprefix("transformers.").replace(".", "/") + ".py"
 
     def patch(self, module: ModuleType) -> Callable[[], None]:
         """Replaces the function; returns what puts it back."""
@@ -93,7 +90,7 @@ def _rg_lru(original: Callable) -> Callable:
         dtype = torch.promote_types(gate.dtype, hidden_states.dtype)
         h0 = recurrent_states
         if h0 is not None:
-            h0 = h0.to(torch.float64 if dtype == torch.float64 else torch.float32)
+            h0 = h0.to(state_dtype(dtype))
         h, h_last = ops.linear_scan(gate.to(dtype), hidden_states.to(dtype), h0)
         return h.to(hidden_states.dtype), h_last.to(acc_dtype)
 
@@ -111,7 +108,7 @@ def _wkv(original: Callable) -> Callable:
     ) -> tuple[Tensor, list[Tensor] | None]:
         if not key.is_cpu:
             return original(time_decay, time_first, key, value, state, return_state)
-        wide = torch.float64 if key.dtype == torch.float64 else torch.float32
+        wide = state_dtype(key.dtype)
         h0 = None
         if state is not None:
             total, normaliser, maximum = state

@@ -2,8 +2,8 @@
 
 transformers (5.x) decorates each torch function that a kernel package may replace, and its wrapper
 keeps the implementation that it found when the modelling file was imported. Replacing that keeps
-every reference to the wrapper. RecurrentGemma and RWKV have no such hook; there exactly the
-function that runs the recurrence is replaced.
+every reference to the wrapper. RecurrentGemma and RWKV have no such hook; there the functions that
+run the recurrence, and RecurrentGemma's convolution before it, are replaced by name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from recurra.compat import _hooks, _recurrences
 
 _DECORATOR = "use_kernel_func_from_hub_with_fallback"
 _DECORATORS = "transformers.integrations.hub_kernels"
-_DECORATORS_FILE = "integrations/hub_kernels.py"
 _CELLS = ("applicable_params", "func_name", "implementation", "is_new_implementation", "package")
 _FOLDERS = ("transformers.models.", "transformers_modules.")
 
@@ -36,15 +35,16 @@ def check() -> None:
 
     Reads its source: importing it takes seconds, and may never be needed.
     """
-    folder = Path(importlib.util.find_spec("transformers").submodule_search_locations[0])
+    folder = Path(importlib.util.find_spec("transformers").submodule_search_locations[0]).parent
     missing = []
-    source = _read(folder / _DECORATORS_FILE)
+    file = _DECORATORS.replace(".", "/") + ".py"
+    source = _read(folder / file)
     if not all(re.search(rf"\b{name}\b", source) for name in (*_CELLS, _DECORATOR)):
-        missing.append(f"{_DECORATOR} in {_DECORATORS_FILE}")
+        missing.append(f"{_DECORATOR} in {file}")
     for recurrence in _recurrences.ALL:
-        text, name = _read(folder / recurrence.file), recurrence.name
-        if _parameters(text, name) != recurrence.parameters:
-            missing.append(f"{name}({', '.join(recurrence.parameters)}) in {recurrence.file}")
+        name, file = recurrence.name, recurrence.module.replace(".", "/") + ".py"
+        if _parameters(_read(folder / file), name) != recurrence.parameters:
+            missing.append(f"{name}({', '.join(recurrence.parameters)}) in {file}")
     if missing:
         raise RuntimeError(
             f"install: transformers {_version()} does not have {', '.join(missing)}, so nothing was"

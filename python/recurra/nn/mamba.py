@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurra import ops
+from recurra._check import state_dtype
 from recurra.nn._config import check_fields
 from recurra.ops.linear_step import linear_step
 
@@ -70,6 +71,19 @@ class MambaState(NamedTuple):
     ssm: Tensor
 
 
+@torch.no_grad()
+def init_time_steps_(bias: Tensor, dt_min: float, dt_max: float, floor: float = 1e-4) -> None:
+    """Fills a bias so that its softplus, the time step, is log-uniform between the bounds."""
+    low, high = math.log(dt_min), math.log(dt_max)
+    dt = torch.empty_like(bias).uniform_(low, high).exp_().clamp_(min=floor)
+    bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
+def decay_rates(A_log: Tensor) -> Tensor:
+    """A of the scan, negative, in float32 for 16-bit parameters."""
+    return -torch.exp(A_log.to(state_dtype(A_log.dtype)))
+
+
 class Mamba(nn.Module):
     """Selective state space mixer, Gu and Dao, "Mamba: linear-time sequence modeling with selective
     state spaces" (2023), section 3.4 and algorithm 2.
@@ -111,9 +125,7 @@ class Mamba(nn.Module):
             layer.reset_parameters()
         bound = self.dt_rank**-0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
-        low, high = math.log(dt_min), math.log(dt_max)
-        dt = torch.empty_like(self.dt_proj.bias).uniform_(low, high).exp_().clamp_(min=1e-4)
-        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+        init_time_steps_(self.dt_proj.bias, dt_min, dt_max)
         D, N = self.A_log.shape
         self.A_log.copy_(torch.arange(1, N + 1, dtype=self.A_log.dtype).log().expand(D, N))
         nn.init.ones_(self.D)
@@ -122,7 +134,7 @@ class Mamba(nn.Module):
         """Zeros: the state before the first input of ``batch`` sequences."""
         D, N = self.A_log.shape
         like = self.D.new_zeros
-        dtype = torch.float64 if self.D.dtype == torch.float64 else torch.float32
+        dtype = state_dtype(self.D.dtype)
         width = max(self.conv1d.weight.shape[2], 2)
         return MambaState(like(batch, width - 1, D, dtype=dtype), like(batch, D, N, dtype=dtype))
 
@@ -135,7 +147,7 @@ class Mamba(nn.Module):
         return x.split((self.dt_rank, N, N), dim=-1)
 
     def _A(self) -> Tensor:
-        return -torch.exp(self.A_log.float() if self.A_log.dtype.itemsize == 2 else self.A_log)
+        return decay_rates(self.A_log)
 
     def _A_for_step(self) -> Tensor:
         # A twentieth of the time of a step, so it is kept beside a copy of what it was made of:

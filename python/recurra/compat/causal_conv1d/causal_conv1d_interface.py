@@ -16,6 +16,7 @@ from recurra.compat._common import (
     absent,
     check_dims,
     check_indices,
+    check_integers,
     check_shape,
     check_written,
     kernels,
@@ -85,9 +86,7 @@ def causal_conv1d_fn(
 
 def _packed(op, rows: Tensor, weight, bias, seq_idx: Tensor, activation: str | None) -> Tensor:
     """The convolution of (B, T, D) within runs of equal ``seq_idx``: one packed row of them."""
-    if seq_idx.dtype not in (torch.int32, torch.int64):
-        got = str(seq_idx.dtype).removeprefix("torch.")
-        fail("causal_conv1d_fn", f"seq_idx must have dtype int32 or int64, got {got}")
+    check_integers("causal_conv1d_fn", "seq_idx", seq_idx)
     wanted = tuple(rows.shape[:2])
     check_shape("causal_conv1d_fn", "seq_idx", seq_idx, "(batch, seqlen)", wanted)
     starts = torch.ones_like(seq_idx, dtype=torch.bool)

@@ -14,6 +14,7 @@ from recurra.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from recurra.compat.mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from recurra.compat.mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from recurra.compat.mamba_ssm.utils.generation import InferenceParams
+from recurra.nn.mamba import decay_rates, init_time_steps_
 
 __getattr__ = absent("mamba_ssm")
 
@@ -74,11 +75,7 @@ class Mamba(nn.Module):
             nn.init.uniform_(self.dt_proj.weight, -spread, spread)
         else:
             raise NotImplementedError(f'dt_init must be "random" or "constant", got "{dt_init}"')
-        with torch.no_grad():
-            low, high = math.log(dt_min), math.log(dt_max)
-            dt = torch.rand(self.d_inner, **place).mul(high - low).add(low).exp()
-            dt = dt.clamp(min=dt_init_floor)
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+        init_time_steps_(self.dt_proj.bias, dt_min, dt_max, dt_init_floor)
         self.dt_proj.bias._no_reinit = True
         rates = torch.arange(1, d_state + 1, dtype=torch.float32, device=device).log()
         self.A_log = nn.Parameter(rates.repeat(self.d_inner, 1))
@@ -98,9 +95,6 @@ class Mamba(nn.Module):
             return self.step(hidden_states, *states)[0]
         return self._mix(hidden_states, *states)
 
-    def _A(self) -> Tensor:
-        return -torch.exp(self.A_log.float() if self.A_log.dtype.itemsize == 2 else self.A_log)
-
     def _mix(self, x: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None) -> Tensor:
         u, z = self.in_proj(x).transpose(1, 2).chunk(2, dim=1)
         if conv_state is not None:
@@ -111,7 +105,7 @@ class Mamba(nn.Module):
         y = selective_scan_fn(
             u,
             F.linear(dt, self.dt_proj.weight).transpose(1, 2),
-            self._A(),
+            decay_rates(self.A_log),
             B.transpose(1, 2),
             C.transpose(1, 2),
             self.D,
@@ -143,7 +137,7 @@ class Mamba(nn.Module):
             ssm_state,
             u,
             F.linear(dt, self.dt_proj.weight),
-            self._A(),
+            decay_rates(self.A_log),
             B,
             C,
             self.D,

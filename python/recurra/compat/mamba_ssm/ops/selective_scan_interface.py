@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recurra import reference
-from recurra._check import fail
+from recurra._check import fail, state_dtype
 from recurra.compat._common import absent, check_dims, check_shape, kernels, parameter
 from recurra.ops.rms_norm import rms_norm
 
@@ -80,7 +80,7 @@ def _scan(op, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_s
     dtype = u.dtype
     if B.dim() == 2 or C.dim() == 2:
         # Constant ones are parameters and keep their precision.
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = state_dtype(dtype)
         u, delta = u.to(wide), delta.to(wide)
         z = None if z is None else z.to(wide)
         B, C = (x if x.is_complex() else x.to(wide) for x in (B, C))
@@ -140,7 +140,7 @@ def _rows(x: Tensor, u: Tensor, A: Tensor) -> Tensor:
     if x.dim() == 2:  # a group of its own for every channel
         return x.expand(u.shape[0], u.shape[2], *x.shape)
     if A.is_complex():
-        x = x.float() if x.dtype.itemsize == 2 else x
+        x = x.to(state_dtype(x.dtype))
         x = torch.view_as_complex(x.reshape(*x.shape[:-1], u.shape[2], 2))
     return x.transpose(1, 2) if x.dim() == 3 else x.permute(0, 3, 1, 2)
 

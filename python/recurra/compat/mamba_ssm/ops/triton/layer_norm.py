@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recurra._check import fail
-from recurra.compat._common import absent, check_shape
+from recurra._check import fail, state_dtype
+from recurra.compat._common import absent, check_floating, check_shape
 from recurra.ops.rms_norm import rms_norm
 
 __getattr__ = absent("mamba_ssm")
@@ -66,7 +66,7 @@ def layer_norm_fn(
         rowscale = rowscale.reshape(rows)
     if not 0 <= dropout_p <= 1:
         fail(op, f"dropout_p must be between 0 and 1, got {dropout_p}")
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = state_dtype(x.dtype)
     total = x.to(wide)
     if rowscale is not None:
         total = total * rowscale[..., None]
@@ -233,9 +233,7 @@ def _ref(
 
 def check_norm(op: str, x: Tensor, **parameters: Tensor | None) -> None:
     """Refuses what has no fractions, and parameters that are not (dim,)."""
-    if not x.is_floating_point():
-        dtype = str(x.dtype).removeprefix("torch.")
-        fail(op, f"x must have dtype float32, float64, bfloat16 or float16, got {dtype}")
+    check_floating(op, "x", x)
     for name, parameter in parameters.items():
         check_shape(op, name, parameter, "(dim,)", (x.shape[-1],))
 

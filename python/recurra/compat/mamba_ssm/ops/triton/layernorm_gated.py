@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recurra._check import fail
+from recurra._check import fail, state_dtype
 from recurra.compat._common import absent, check_shape
 from recurra.compat.mamba_ssm.ops.triton.layer_norm import _norm, check_norm
 
@@ -46,7 +46,7 @@ def layernorm_fn(
     check_shape(op, "z", z, "of x", tuple(x.shape))
     if group_size is not None and (group_size < 1 or width % group_size):
         fail(op, f"group_size must divide dim = {width}, got {group_size}")
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = state_dtype(dtype)
     x, weight = x.to(wide), weight.to(wide)
     gate = None if z is None else F.silu(z.to(wide))
     if gate is not None and not norm_before_gate:
