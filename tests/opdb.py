@@ -109,11 +109,13 @@ class Cell:
         ulps: roundings of float64, in units of the largest number in play, by which a step may
             differ from the oracle: about three for each elementary function on the way.
         scale: standard deviation of the samples of inputs, states and parameters.
+        positive: states and parameters whose samples are at least 0.5.
     """
 
     name: str
     ulps: int
     scale: float = 2.0
+    positive: tuple[str, ...] = ()
 
     @property
     def oracle(self) -> Callable:
@@ -520,6 +522,16 @@ OPS = [
 ]
 
 CELLS = [
+    Cell(name="elstm", ulps=12),
+    Cell(name="indrnn", ulps=4),
+    Cell(name="janet", ulps=16),
+    Cell(name="lem", ulps=24),
+    Cell(name="mgu", ulps=16),
     Cell(name="paragru", ulps=16),
+    Cell(name="paralstm", ulps=24),
+    Cell(name="peephole_lstm", ulps=24),
+    Cell(name="slstm", ulps=48, positive=("n",)),
+    Cell(name="sru", ulps=16),
     Cell(name="tanh", ulps=8),
+    Cell(name="unicornn", ulps=12),
 ]

@@ -17,10 +17,14 @@ EPS = np.finfo(np.float64).eps
 def sample(cell: Cell) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     info = native.cell_info(cell.name)
     rng = np.random.default_rng(0)
-    return tuple(
-        cell.scale * rng.standard_normal((len(info[kind]), CHANNELS))
-        for kind in ("inputs", "states", "params")
-    )
+    drawn = []
+    for kind in ("inputs", "states", "params"):
+        rows = cell.scale * rng.standard_normal((len(info[kind]), CHANNELS))
+        for row, name in zip(rows, info[kind], strict=True):
+            if name in cell.positive:
+                row[:] = 0.5 + np.abs(row)
+        drawn.append(rows)
+    return tuple(drawn)
 
 
 def oracle(cell: Cell, *arguments: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

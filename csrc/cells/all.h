@@ -1,7 +1,17 @@
 // Every cell of the library. A new one is a header beside this one and a name in the list below.
 #pragma once
+#include "cells/elstm.h"
+#include "cells/indrnn.h"
+#include "cells/janet.h"
+#include "cells/lem.h"
+#include "cells/mgu.h"
 #include "cells/paragru.h"
+#include "cells/paralstm.h"
+#include "cells/peephole_lstm.h"
+#include "cells/slstm.h"
+#include "cells/sru.h"
 #include "cells/tanh.h"
+#include "cells/unicornn.h"
 
 namespace recurra::RECURRA_ISA {
 
@@ -10,7 +20,8 @@ struct CellList {
   static constexpr int size = sizeof...(Cell);
 };
 
-using Cells = CellList<Tanh, ParaGru>;
+using Cells = CellList<ELstm, IndRnn, Janet, Lem, Mgu, ParaGru, ParaLstm, PeepholeLstm, SLstm, Sru,
+                       Tanh, UniCornn>;
 
 constexpr bool same_name(const char* a, const char* b) {
   while (*a && *a == *b) ++a, ++b;
