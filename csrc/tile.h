@@ -163,6 +163,12 @@ RECURRA_INLINE bool rows_in_place(const Plane& p, int64_t channels) {
 
 RECURRA_INLINE int at_most_lanes(int64_t n) { return n < kLanes ? static_cast<int>(n) : kLanes; }
 
+// Whether time is contiguous for long enough that whole vectors of it should be read and turned; of
+// a few steps single numbers are faster.
+RECURRA_INLINE bool worth_transposing(const Plane& p, int64_t steps) {
+  return (p.stride_t == 1 || p.stride_t == -1) && steps > 4;
+}
+
 // Rows 0 .. steps-1 of a plane, in place where it already is rows of T and otherwise in `buffer`
 // with `width` numbers a row. Lanes from `channels` up to the next multiple of 16 are zero.
 template <class T>
@@ -195,7 +201,7 @@ inline Tile<T> load_tile(const Plane& p, int64_t steps, int64_t channels, T* buf
         v.store(to, at_most_lanes(channels - c));
       }
     }
-  } else if (p.stride_t == 1 || p.stride_t == -1) {
+  } else if (worth_transposing(p, steps)) {
     for (int64_t c = 0; c < channels; c += kLanes) {
       const int lanes = at_most_lanes(channels - c);
       for (int64_t t = 0; t < steps; t += kLanes) {
@@ -225,10 +231,14 @@ inline Tile<T> load_tile(const Plane& p, int64_t steps, int64_t channels, T* buf
     for (int64_t t = 0; t < steps; ++t)
       for (int64_t c = 0; c < channels; c += kLanes) {
         const char* from = p.data + (t * p.stride_t + c * p.stride_c) * item;
-        T lanes[kLanes] = {};
-        for (int i = 0; i < at_most_lanes(channels - c); ++i)
-          lanes[i] = load_element<T>(from + i * p.stride_c * item, p.dtype);
-        Vec<T>::load(lanes).store(buffer + t * width + c);
+        T* const to = buffer + t * width + c;
+        const int lanes = at_most_lanes(channels - c);
+        if (lanes < kLanes) Vec<T>(T(0)).store(to);
+        if (p.dtype == kDType<T>)
+          for (int i = 0; i < lanes; ++i) to[i] = reinterpret_cast<const T*>(from)[i * p.stride_c];
+        else
+          for (int i = 0; i < lanes; ++i)
+            to[i] = load_element<T>(from + i * p.stride_c * item, p.dtype);
       }
   }
   return {buffer, width};
@@ -320,7 +330,7 @@ inline void store_tile(const Plane& p, int64_t steps, int64_t channels, const T*
       for (int64_t c = whole; c < channels; c += kLanes)
         store_lanes<T>(p.data + (t * p.stride_t + c) * item, p.dtype,
                        Vec<T>::load(rows + t * width + c), at_most_lanes(channels - c));
-  } else if (p.stride_t == 1 || p.stride_t == -1) {
+  } else if (worth_transposing(p, steps)) {
     const bool past = stream && p.dtype == kDType<T> && p.stride_t == 1 && aligned(p.stride_c);
     for (int64_t c = 0; c < channels; c += kLanes) {
       const int lanes = at_most_lanes(channels - c);
@@ -342,6 +352,10 @@ inline void store_tile(const Plane& p, int64_t steps, int64_t channels, const T*
         }
       }
     }
+  } else if (p.dtype == kDType<T>) {
+    for (int64_t t = 0; t < steps; ++t)
+      for (int64_t c = 0; c < channels; ++c)
+        reinterpret_cast<T*>(p.data)[t * p.stride_t + c * p.stride_c] = rows[t * width + c];
   } else {
     for (int64_t t = 0; t < steps; ++t)
       for (int64_t c = 0; c < channels; ++c)

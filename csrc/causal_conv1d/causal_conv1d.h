@@ -69,7 +69,7 @@ struct CausalConv1dBackward {
 };
 
 struct CausalConv1dStep {
-  View<3> h;       // (slots, W-1, D)
+  View<3> h;       // (slots, L, D), L >= W-1: the last inputs, oldest first
   View<2> x, out;  // (B, D)
   View<2> weight;
   View<1> bias;

@@ -87,6 +87,9 @@ Tensor causal_conv1d_step_cpu(Tensor h, Tensor x, Tensor weight, OptionalTensor 
                               Activation activation, OptionalTensor slots) {
   constexpr const char* op = "causal_conv1d_step";
   check(op, {{"h", h}, {"x", x}, {"weight", weight}, {"bias", bias}, {"slots", slots}});
+  if (h.size(1) < weight.size(1) - 1)
+    fail(op, "h must have shape (M, L, D) with L >= W-1 = " + std::to_string(weight.size(1) - 1) +
+                 ", got " + shape_of(h));
   CausalConv1dStep args;
   args.silu = is_silu(op, activation);
   std::vector<int64_t> storage;

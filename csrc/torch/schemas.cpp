@@ -36,7 +36,7 @@ constexpr Op kOps[] = {
      "dh_last:state?(S,W-1,D) cu_seqlens:index?"},
     {"causal_conv1d_step(Tensor(a!) h, Tensor x, Tensor weight, Tensor? bias=None, *, "
      "str? activation=None, Tensor? slots=None) -> Tensor",
-     "x:act(B,D) weight:param(D,W>=2) bias:param?(D) h:state(M,W-1,D) slots:index?(B)"},
+     "x:act(B,D) weight:param(D,W>=2) bias:param?(D) h:state(M,L,D) slots:index?(B)"},
     {"selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D=None, "
      "Tensor? z=None, Tensor? delta_bias=None, *, bool delta_softplus=False, Tensor? h0=None, "
      "Tensor? cu_seqlens=None) -> (Tensor, Tensor)",

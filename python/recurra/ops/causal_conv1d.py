@@ -65,8 +65,8 @@ def causal_conv1d_step(
     r"""One step of :func:`causal_conv1d`; shifts ``x`` into ``h`` in place.
 
     Args:
-        h: the last W - 1 inputs, oldest first, (B, W-1, D), or (slots, W-1, D) with ``slots``;
-            any strides. float32 for 16-bit ``x``, otherwise its dtype.
+        h: the last L >= W - 1 inputs, oldest first, (B, L, D), or (slots, L, D) with ``slots``; any
+            strides. float32 for 16-bit ``x``, otherwise its dtype.
         x: input, (B, D).
         weight: (D, W), as in :func:`causal_conv1d`.
         bias: (D,); zeros when None.
@@ -125,6 +125,9 @@ def _(dy, dh_last, x, weight, bias=None, h0=None, *, activation=None, cu_seqlens
 def _(h, x, weight, bias=None, *, activation=None, slots=None):
     op = "causal_conv1d_step"
     check(op, h=h, x=x, weight=weight, bias=bias, slots=slots)
+    if h.shape[1] < weight.shape[1] - 1:
+        needed, got = weight.shape[1] - 1, tuple(h.shape)
+        fail(op, f"h must have shape (M, L, D) with L >= W-1 = {needed}, got {got}")
     _check_activation(op, activation)
     check_slots(op, x.shape[0], h, slots)
     return torch.empty_like(x)

@@ -57,7 +57,8 @@ def causal_conv1d_step(
     now = compute(x)
 
     def step(state: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        y, last = causal_conv1d(now[rows, None], weight, bias, state, activation=activation)
-        return last, y[:, 0]
+        recent = state[:, state.shape[1] - (weight.shape[1] - 1) :]
+        y, _ = causal_conv1d(now[rows, None], weight, bias, recent, activation=activation)
+        return torch.cat([state[:, 1:], now[rows, None].to(state.dtype)], 1), y[:, 0]
 
     return slot_step(step, h, slots, torch.zeros_like(x))

@@ -200,10 +200,8 @@ def _check_state(name: str, x: Tensor, conv_state: Tensor, cache_seqlens, indice
 
 def _step(x: Tensor, conv_state: Tensor, weight, bias, activation: str | None) -> Tensor:
     """One input for each state, (B, D, 1)."""
-    older = conv_state.shape[2] - (weight.shape[1] - 1)  # inputs than the kernel looks at
-    moved = conv_state[..., 1 : older + 1].clone() if older else None
-    recent = conv_state[..., older:].transpose(1, 2)
-    h = state(recent, x)
+    rows = conv_state.transpose(1, 2)
+    h = state(rows, x)
     y = kernels(x).causal_conv1d_step(
         h,
         x[..., 0],
@@ -211,10 +209,8 @@ def _step(x: Tensor, conv_state: Tensor, weight, bias, activation: str | None) -
         parameter(bias, x),
         activation=_common.activation(activation),
     )
-    if moved is not None:
-        conv_state[..., :older] = moved
-    if h is not recent:
-        recent.copy_(h)
+    if h is not rows:
+        rows.copy_(h)
     return y[..., None]
 
 
