@@ -8,7 +8,7 @@ namespace recurra {
 // set must never serve another.
 #define RECURRA_EVERYWHERE inline __attribute__((always_inline))
 
-enum class DType : int32_t { f32, f64, bf16, f16, c64, c128, i32, i64 };
+enum class DType : int32_t { f32, f64, bf16, f16, c64, c128, i32, i64, b8 };
 
 constexpr RECURRA_EVERYWHERE int64_t item_size(DType d) {
   switch (d) {
@@ -20,6 +20,7 @@ constexpr RECURRA_EVERYWHERE int64_t item_size(DType d) {
     case DType::c64:
     case DType::i64: return 8;
     case DType::c128: return 16;
+    case DType::b8: return 1;
   }
   return 0;
 }

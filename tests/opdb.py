@@ -1,5 +1,5 @@
-"""The table of every op and cell. The generic tests loop over it; an entry is all that a new op or
-cell adds here."""
+"""The table of every op; that of cells is in celldb.py. The generic tests loop over it; an entry is
+all that a new op adds here."""
 
 from __future__ import annotations
 
@@ -11,24 +11,18 @@ import torch
 from torch import Tensor
 
 import bounds
+import celldb
 import recurra
+from celldb import CELLS as CELLS
+from celldb import Cell as Cell
 from recurra import reference
 from recurra._check import state_dtype
-from support import DTYPES, Arguments, Draw, shapes
+from support import DTYPES, Arguments, Draw, ErrorInput, packed_errors, shapes, zeros
 
 
-@dataclass(frozen=True)
-class ErrorInput:
-    """Changes to a valid call and the sentence that they must bring.
-
-    The change "half" puts all activations in that dtype, "one row" cuts them to B = 1, as packed
-    sequences want. What depends on values, not on shapes and dtypes, is `of_values` and only
-    checked where values can be read.
-    """
-
-    changes: Arguments
-    message: str
-    of_values: bool = False
+def alternative(letters: str, x: Tensor) -> str:
+    """Of the alternatives, separated by "/", the one for the dimensions of x."""
+    return next((one for one in letters.split("/") if len(one) == x.dim()), "?" * x.dim())
 
 
 @dataclass(frozen=True)
@@ -37,12 +31,16 @@ class Op:
 
     axes: for each tensor argument its dimensions by letter; alternatives by number of dimensions
         are separated by "/". T is time, B batch, D channel, S sequence; other letters are its own.
-    outputs: the same for what it returns; the last one is the state.
+    outputs: the same for what it returns; the last one is the state. What else it returns only
+        reports how the results were found.
     make: ``make(draw, B, T, D, dtype, packed)`` draws one set of arguments (B is 1 if packed).
     model: from bounds.py, the values and error bounds of outputs and gradients.
     second_order: gradgradcheck passes; otherwise it raises by name.
     func: what each transform of torch.func does, "right" or "raises".
     state: the argument that holds the initial state.
+    masks: arguments of bool, which have no gradient.
+    not_in_steps: arguments of which the step op has no counterpart.
+    tested_apart: options that choose how, not what, with tests of their own.
     split_gradients: "bits" where gradients through a carried state equal those of the whole call
         to the bit, "bound" where the order of a sum changes.
     step_inputs: arguments of the step op besides the state; those with T are given one step.
@@ -64,15 +62,23 @@ class Op:
     step_options: tuple[str, ...] = ()
     split_gradients: str = "bits"
     state: str = "h0"
+    masks: tuple[str, ...] = ()
+    tested_apart: tuple[str, ...] = ()
+    not_in_steps: tuple[str, ...] = ("cu_seqlens",)
     dtypes: tuple[torch.dtype, ...] = DTYPES
 
     @property
     def function(self) -> Callable:
-        return getattr(recurra, self.name)
+        return self._results(getattr(recurra, self.name))
 
     @property
     def reference(self) -> Callable:
-        return getattr(reference, self.name)
+        return self._results(getattr(reference, self.name))
+
+    def _results(self, function: Callable) -> Callable:
+        if len(self.overload._schema.returns) == len(self.outputs):
+            return function
+        return lambda *args, **kwargs: function(*args, **kwargs)[: len(self.outputs)]
 
     @property
     def step(self) -> Callable:
@@ -87,11 +93,8 @@ class Op:
         return f"docs/{self.name}.md"
 
     def layout(self, name: str, x: Tensor) -> str:
-        """The letters of the dimensions of an argument; empty for one that has none to name."""
-        for letters in self.axes.get(name, "").split("/"):
-            if len(letters) == x.dim():
-                return letters
-        return "?" * x.dim()
+        """The letters of the dimensions of an argument; "?" where it has none to name."""
+        return alternative(self.axes.get(name, ""), x)
 
     def samples(self, dtype: torch.dtype, tier: str, packed: bool | None = None) -> Iterator:
         """Arguments for each shape of a tier; a quarter of them packed, unless said."""
@@ -99,62 +102,6 @@ class Op:
             draw = Draw(i)
             pack = draw.rng.random() < 0.25 if packed is None else packed
             yield self.make(draw, 1 if pack else B, T, D, dtype, pack)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell of csrc/cells: its oracle is recurra.reference.cells.NAME.
-
-    Attributes:
-        ulps: roundings of float64, in units of the largest number in play, by which a step may
-            differ from the oracle: about three for each elementary function on the way.
-        scale: standard deviation of the samples of inputs, states and parameters.
-        positive: states and parameters whose samples are at least 0.5.
-    """
-
-    name: str
-    ulps: int
-    scale: float = 2.0
-    positive: tuple[str, ...] = ()
-
-    @property
-    def oracle(self) -> Callable:
-        return getattr(reference.cells, self.name)
-
-    @property
-    def docs(self) -> str:
-        return f"docs/cells/{self.name}.md"
-
-
-def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.zeros(shape, dtype=dtype)
-
-
-def _packed_errors(op: str, lead: str) -> list[ErrorInput]:
-    """What every op says of cu_seqlens; `lead` is (B, T, D) = (2, 3, 4) and may be cut to B = 1."""
-
-    def one(message: str, offsets: list[int], dtype=torch.int64, of_values=True) -> ErrorInput:
-        cu_seqlens = torch.tensor(offsets, dtype=dtype)
-        return ErrorInput(
-            {"cu_seqlens": cu_seqlens, "one row": True}, f"{op}: {message}", of_values
-        )
-
-    return [
-        one("cu_seqlens must ascend, got 1 after 2 at index 2", [0, 2, 1, 3]),
-        one("cu_seqlens must end at T = 3, got 2", [0, 2], torch.int32),
-        one("cu_seqlens must start at 0, got 1", [1, 3]),
-        one(
-            "cu_seqlens must have dtype int32 or int64, got float32",
-            [0, 3],
-            torch.float32,
-            of_values=False,
-        ),
-        one("cu_seqlens must have shape (S + 1,), got (0,)", [], of_values=False),
-        ErrorInput(
-            {"cu_seqlens": torch.tensor([0, 3])},
-            f"{op}: {lead} must have batch size B = 1 with cu_seqlens, got (2, 3, 4)",
-        ),
-    ]
 
 
 # ---- linear_scan ------------------------------------------------------------------------------
@@ -181,61 +128,56 @@ def _linear_scan(draw: Draw, B: int, T: int, D: int, dtype: torch.dtype, packed:
 def _linear_scan_errors() -> tuple[Arguments, list[ErrorInput]]:
     name = "linear_scan"
     sizes = "B = 2, T = 3, D = 4"
-    return {"a": _zeros(2, 3, 4), "b": _zeros(2, 3, 4), "h0": None}, [
+    return {"a": zeros(2, 3, 4), "b": zeros(2, 3, 4), "h0": None}, [
         ErrorInput(
-            {"a": _zeros(2, 4, 4)},
+            {"a": zeros(2, 4, 4)},
             f"{name}: a must have shape (B or 1, T or 1, D or 1) with {sizes}, got (2, 4, 4)",
         ),
         ErrorInput(
-            {"a": _zeros(3, 4)},
+            {"a": zeros(3, 4)},
             f"{name}: a must have shape (B or 1, T or 1, D or 1) with {sizes}, got (3, 4)",
         ),
-        ErrorInput({"b": _zeros(3, 4)}, f"{name}: b must have shape (B, T, D), got (3, 4)"),
+        ErrorInput({"b": zeros(3, 4)}, f"{name}: b must have shape (B, T, D), got (3, 4)"),
         ErrorInput(
-            {"a": _zeros(2, 3, 4, dtype=torch.float64)},
+            {"a": zeros(2, 3, 4, dtype=torch.float64)},
             f"{name}: a must have dtype float32 where b has float32, got float64",
         ),
         ErrorInput(
-            {"b": _zeros(2, 3, 4, dtype=torch.int64)},
+            {"b": zeros(2, 3, 4, dtype=torch.int64)},
             f"{name}: b must have dtype float32, float64, bfloat16 or float16, got int64",
         ),
         ErrorInput(
-            {"b": _zeros(2, 3, 4, dtype=torch.complex32)},
+            {"b": zeros(2, 3, 4, dtype=torch.complex32)},
             f"{name}: b must have dtype float32, float64, bfloat16 or float16, got complex32",
         ),
         ErrorInput(
-            {"h0": _zeros(2, 5)},
+            {"h0": zeros(2, 5)},
             f"{name}: h0 must have shape (S, D) with S = 2, D = 4, got (2, 5)",
         ),
         ErrorInput(
-            {"h0": _zeros(2, 4, dtype=torch.bfloat16)},
+            {"h0": zeros(2, 4, dtype=torch.bfloat16)},
             f"{name}: h0 must have dtype float32 where b has float32, got bfloat16",
         ),
         ErrorInput(
-            {"h0": _zeros(2, 4, dtype=torch.float16), "half": torch.float16},
+            {"h0": zeros(2, 4, dtype=torch.float16), "half": torch.float16},
             f"{name}: h0 must have dtype float32 where b has float16, got float16",
         ),
         ErrorInput(
-            {"cu_seqlens": torch.tensor([0, 1, 3]), "h0": _zeros(1, 4), "one row": True},
+            {"cu_seqlens": torch.tensor([0, 1, 3]), "h0": zeros(1, 4), "one row": True},
             f"{name}: h0 must have shape (S, D) with S = 2, D = 4, got (1, 4)",
         ),
-        *_packed_errors(name, "b"),
+        *packed_errors(name, "b"),
     ]
 
 
 # ---- causal_conv1d ----------------------------------------------------------------------------
 
 
-def _parameter(draw: Draw, dtype: torch.dtype) -> torch.dtype:
-    """A parameter has the dtype of the activations or float32."""
-    return draw.choice((dtype, torch.float32))
-
-
 def _causal_conv1d(draw: Draw, B: int, T: int, D: int, dtype: torch.dtype, packed: bool):
     cu_seqlens = draw.cu_seqlens(T) if packed else None
     S = len(cu_seqlens) - 1 if packed else B
     W = draw.choice((2, 3, 4, 4, 5, 8))
-    kind = _parameter(draw, dtype)
+    kind = draw.parameter(dtype)
     return {
         "x": draw.normal(B, T, D, dtype=dtype),
         "weight": draw.normal(D, W, dtype=kind),
@@ -248,48 +190,48 @@ def _causal_conv1d(draw: Draw, B: int, T: int, D: int, dtype: torch.dtype, packe
 
 def _causal_conv1d_errors() -> tuple[Arguments, list[ErrorInput]]:
     name = "causal_conv1d"
-    base = {"x": _zeros(2, 3, 4), "weight": _zeros(4, 3), "bias": None, "h0": None}
+    base = {"x": zeros(2, 3, 4), "weight": zeros(4, 3), "bias": None, "h0": None}
     return base, [
-        ErrorInput({"x": _zeros(3, 4)}, f"{name}: x must have shape (B, T, D), got (3, 4)"),
+        ErrorInput({"x": zeros(3, 4)}, f"{name}: x must have shape (B, T, D), got (3, 4)"),
         ErrorInput(
-            {"x": _zeros(2, 3, 4, dtype=torch.int32)},
+            {"x": zeros(2, 3, 4, dtype=torch.int32)},
             f"{name}: x must have dtype float32, float64, bfloat16 or float16, got int32",
         ),
         ErrorInput(
-            {"weight": _zeros(5, 3)},
+            {"weight": zeros(5, 3)},
             f"{name}: weight must have shape (D, W >= 2) with D = 4, got (5, 3)",
         ),
         ErrorInput(
-            {"x": _zeros(2, 4, 3)},
+            {"x": zeros(2, 4, 3)},
             f"{name}: x must have shape (B, T, D) with D = 4 as in weight, got (2, 4, 3), which "
             "looks like (B, D, L): pass x.transpose(1, 2)",
         ),
         ErrorInput(
-            {"weight": _zeros(4, 1)},
+            {"weight": zeros(4, 1)},
             f"{name}: weight must have shape (D, W >= 2) with D = 4, got (4, 1)",
         ),
         ErrorInput(
-            {"weight": _zeros(4, 3, dtype=torch.float64)},
+            {"weight": zeros(4, 3, dtype=torch.float64)},
             f"{name}: weight must have dtype float32 where x has float32, got float64",
         ),
         ErrorInput(
-            {"weight": _zeros(4, 3, dtype=torch.bfloat16), "half": torch.float16},
+            {"weight": zeros(4, 3, dtype=torch.bfloat16), "half": torch.float16},
             f"{name}: weight must have dtype float16 or float32 where x has float16, got bfloat16",
         ),
-        ErrorInput({"bias": _zeros(3)}, f"{name}: bias must have shape (D) with D = 4, got (3,)"),
+        ErrorInput({"bias": zeros(3)}, f"{name}: bias must have shape (D) with D = 4, got (3,)"),
         ErrorInput(
-            {"h0": _zeros(2, 3, 4)},
+            {"h0": zeros(2, 3, 4)},
             f"{name}: h0 must have shape (S, W-1, D) with S = 2, W = 3, D = 4, got (2, 3, 4)",
         ),
         ErrorInput(
-            {"h0": _zeros(2, 2, 4, dtype=torch.float16)},
+            {"h0": zeros(2, 2, 4, dtype=torch.float16)},
             f"{name}: h0 must have dtype float32 where x has float32, got float16",
         ),
         ErrorInput(
             {"activation": "relu"},
             f'{name}: activation must be None or "silu", got "relu"',
         ),
-        *_packed_errors(name, "x"),
+        *packed_errors(name, "x"),
     ]
 
 
@@ -304,7 +246,7 @@ def _selective_scan(draw: Draw, B: int, T: int, D: int, dtype: torch.dtype, pack
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     imaginary = draw.choice((False, False, True))
     complex_of = {torch.float64: torch.complex128}.get(dtype, torch.complex64)
-    kind = _parameter(draw, dtype)
+    kind = draw.parameter(dtype)
     A = -draw.uniform(0.05, 2, D, N, dtype=wide)
     if imaginary:
         A = torch.complex(A, draw.uniform(-3, 3, D, N, dtype=wide))
@@ -333,55 +275,55 @@ def _selective_scan(draw: Draw, B: int, T: int, D: int, dtype: torch.dtype, pack
 def _selective_scan_errors() -> tuple[Arguments, list[ErrorInput]]:
     name = "selective_scan"
     base = {
-        "u": _zeros(2, 3, 4),
-        "delta": _zeros(2, 3, 4),
-        "A": _zeros(4, 5),
-        "B": _zeros(2, 3, 5),
-        "C": _zeros(2, 3, 5),
+        "u": zeros(2, 3, 4),
+        "delta": zeros(2, 3, 4),
+        "A": zeros(4, 5),
+        "B": zeros(2, 3, 5),
+        "C": zeros(2, 3, 5),
     }
     shape = "(B, T, N) or (B, T, G, N)"
     sizes = "B = 2, T = 3, N = 5"
     return base, [
-        ErrorInput({"u": _zeros(3, 4)}, f"{name}: u must have shape (B, T, D), got (3, 4)"),
+        ErrorInput({"u": zeros(3, 4)}, f"{name}: u must have shape (B, T, D), got (3, 4)"),
         ErrorInput(
-            {"u": _zeros(2, 4, 3), "delta": _zeros(2, 4, 3)},
+            {"u": zeros(2, 4, 3), "delta": zeros(2, 4, 3)},
             f"{name}: u must have shape (B, T, D) with D = 4 as in A, got (2, 4, 3), which looks "
             "like (B, D, L): pass u.transpose(1, 2), and likewise delta, z, B and C",
         ),
         ErrorInput(
-            {"delta": _zeros(2, 3, 5)},
+            {"delta": zeros(2, 3, 5)},
             f"{name}: delta must have shape (B, T, D) with B = 2, T = 3, D = 4, got (2, 3, 5)",
         ),
-        ErrorInput({"A": _zeros(6, 5)}, f"{name}: A must have shape (D, N) with D = 4, got (6, 5)"),
+        ErrorInput({"A": zeros(6, 5)}, f"{name}: A must have shape (D, N) with D = 4, got (6, 5)"),
         ErrorInput(
-            {"B": _zeros(2, 3, 6)}, f"{name}: B must have shape {shape} with {sizes}, got (2, 3, 6)"
+            {"B": zeros(2, 3, 6)}, f"{name}: B must have shape {shape} with {sizes}, got (2, 3, 6)"
         ),
         ErrorInput(
-            {"C": _zeros(2, 3, 3, 5)},
+            {"C": zeros(2, 3, 3, 5)},
             f"{name}: the number of groups G of C must divide D = 4, got 3",
         ),
         ErrorInput(
-            {"B": _zeros(2, 3, 5, dtype=torch.complex64)},
+            {"B": zeros(2, 3, 5, dtype=torch.complex64)},
             f"{name}: B must be real where A is real",
         ),
-        ErrorInput({"D": _zeros(3)}, f"{name}: D must have shape (D) with D = 4, got (3,)"),
+        ErrorInput({"D": zeros(3)}, f"{name}: D must have shape (D) with D = 4, got (3,)"),
         ErrorInput(
-            {"z": _zeros(2, 3, 4, dtype=torch.bfloat16)},
+            {"z": zeros(2, 3, 4, dtype=torch.bfloat16)},
             f"{name}: z must have dtype float32 where u has float32, got bfloat16",
         ),
         ErrorInput(
-            {"delta_bias": _zeros(4, dtype=torch.float64)},
+            {"delta_bias": zeros(4, dtype=torch.float64)},
             f"{name}: delta_bias must have dtype float32 where u has float32, got float64",
         ),
         ErrorInput(
-            {"h0": _zeros(2, 4, 4)},
+            {"h0": zeros(2, 4, 4)},
             f"{name}: h0 must have shape (S, D, N) with S = 2, D = 4, N = 5, got (2, 4, 4)",
         ),
         ErrorInput(
-            {"h0": _zeros(2, 4, 5, dtype=torch.complex64)},
+            {"h0": zeros(2, 4, 5, dtype=torch.complex64)},
             f"{name}: h0 must be real where A is real",
         ),
-        *_packed_errors(name, "u"),
+        *packed_errors(name, "u"),
     ]
 
 
@@ -396,7 +338,7 @@ def _softmax_scan(draw: Draw, B: int, T: int, D: int, dtype: torch.dtype, packed
     )
     wide = torch.float64
     scores = draw.choice((1, 4)) * draw.normal(*shape, dtype=wide)
-    kind, held = _parameter(draw, dtype), state_dtype(dtype)
+    kind, held = draw.parameter(dtype), state_dtype(dtype)
 
     def state() -> Tensor:
         m, a = draw.normal(S, D, dtype=held), draw.normal(S, D, dtype=held)
@@ -415,40 +357,40 @@ def _softmax_scan(draw: Draw, B: int, T: int, D: int, dtype: torch.dtype, packed
 def _softmax_scan_errors() -> tuple[Arguments, list[ErrorInput]]:
     name = "softmax_scan"
     shape = "(B or 1, T or 1, D or 1) with B = 2, T = 3, D = 4"
-    return {"s": _zeros(2, 3, 4), "v": _zeros(2, 3, 4), "h0": None}, [
-        ErrorInput({"v": _zeros(3, 4)}, f"{name}: v must have shape (B, T, D), got (3, 4)"),
+    return {"s": zeros(2, 3, 4), "v": zeros(2, 3, 4), "h0": None}, [
+        ErrorInput({"v": zeros(3, 4)}, f"{name}: v must have shape (B, T, D), got (3, 4)"),
         ErrorInput(
-            {"v": _zeros(2, 3, 4, dtype=torch.int64)},
+            {"v": zeros(2, 3, 4, dtype=torch.int64)},
             f"{name}: v must have dtype float32, float64, bfloat16 or float16, got int64",
         ),
-        ErrorInput({"s": _zeros(2, 3, 5)}, f"{name}: s must have shape {shape}, got (2, 3, 5)"),
-        ErrorInput({"s": _zeros(2, 3)}, f"{name}: s must have shape {shape}, got (2, 3)"),
+        ErrorInput({"s": zeros(2, 3, 5)}, f"{name}: s must have shape {shape}, got (2, 3, 5)"),
+        ErrorInput({"s": zeros(2, 3)}, f"{name}: s must have shape {shape}, got (2, 3)"),
         ErrorInput(
-            {"s": _zeros(2, 3, 4, dtype=torch.bfloat16)},
+            {"s": zeros(2, 3, 4, dtype=torch.bfloat16)},
             f"{name}: s must have dtype float32 where v has float32, got bfloat16",
         ),
         ErrorInput(
-            {"h0": _zeros(2, 4)},
+            {"h0": zeros(2, 4)},
             f"{name}: h0 must have shape (S, 3, D) with S = 2, D = 4, got (2, 4)",
         ),
         ErrorInput(
-            {"h0": _zeros(2, 2, 4)},
+            {"h0": zeros(2, 2, 4)},
             f"{name}: h0 must have shape (S, 3, D) with S = 2, D = 4, got (2, 2, 4)",
         ),
         ErrorInput(
-            {"h0": _zeros(2, 3, 4, dtype=torch.float16), "half": torch.float16},
+            {"h0": zeros(2, 3, 4, dtype=torch.float16), "half": torch.float16},
             f"{name}: h0 must have dtype float32 where v has float16, got float16",
         ),
-        ErrorInput({"decay": _zeros(3)}, f"{name}: decay must have shape (D) with D = 4, got (3,)"),
+        ErrorInput({"decay": zeros(3)}, f"{name}: decay must have shape (D) with D = 4, got (3,)"),
         ErrorInput(
-            {"bonus": _zeros(1, 4)},
+            {"bonus": zeros(1, 4)},
             f"{name}: bonus must have shape (D) with D = 4, got (1, 4)",
         ),
         ErrorInput(
-            {"bonus": _zeros(4, dtype=torch.float64)},
+            {"bonus": zeros(4, dtype=torch.float64)},
             f"{name}: bonus must have dtype float32 where v has float32, got float64",
         ),
-        *_packed_errors(name, "v"),
+        *packed_errors(name, "v"),
     ]
 
 
@@ -519,19 +461,23 @@ OPS = [
         step_inputs=("s", "v", "decay", "bonus"),
         split_gradients="bound",
     ),
-]
-
-CELLS = [
-    Cell(name="elstm", ulps=12),
-    Cell(name="indrnn", ulps=4),
-    Cell(name="janet", ulps=16),
-    Cell(name="lem", ulps=24),
-    Cell(name="mgu", ulps=16),
-    Cell(name="paragru", ulps=16),
-    Cell(name="paralstm", ulps=24),
-    Cell(name="peephole_lstm", ulps=24),
-    Cell(name="slstm", ulps=48, positive=("n",)),
-    Cell(name="sru", ulps=16),
-    Cell(name="tanh", ulps=8),
-    Cell(name="unicornn", ulps=12),
+    Op(
+        name="rnn",
+        axes={"x": "BTGD", "params": "PD", "h0": "SKD", "reset": "BT"},
+        outputs=("BTD/BTKD", "SKD"),
+        lead="x",
+        activations=("x",),
+        differentiable=("x", "params", "h0"),
+        make=celldb.sample,
+        errors=celldb.errors,
+        model=celldb.model,
+        second_order=False,
+        func={"grad": "raises", "jvp": "raises", "vmap": "right"},
+        step_inputs=("x", "params"),
+        step_options=("cell",),
+        not_in_steps=("cu_seqlens", "return_states", "reset"),
+        split_gradients="bound",
+        masks=("reset",),
+        tested_apart=("algorithm", "chunk", "max_passes", "on_fail"),  # test_rnn.py
+    ),
 ]

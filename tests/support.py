@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,10 @@ class Draw:
             cuts = sorted([*cuts, self.choice([0, cuts[0], steps])])
         return torch.tensor([0, *cuts, steps], dtype=self.choice((torch.int32, torch.int64)))
 
+    def parameter(self, dtype: torch.dtype) -> torch.dtype:
+        """A parameter has the dtype of the activations or float32."""
+        return self.choice((dtype, torch.float32))
+
 
 def shapes(tier: str) -> list[tuple[int, int, int]]:
     """(B, T, D): `small` for what is slow to check; `quick` meets every length with three widths,
@@ -95,6 +100,54 @@ def shapes(tier: str) -> list[tuple[int, int, int]]:
             D = max(w for w in WIDTHS if w <= D and B * T * w <= limit)
             found.append((B, T, D))
     return found
+
+
+# ---- errors -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ErrorInput:
+    """Changes to a valid call and the sentence that they must bring.
+
+    The change "half" puts all activations in that dtype, "one row" cuts them to B = 1, as packed
+    sequences want. What depends on values, not on shapes and dtypes, is `of_values` and only
+    checked where values can be read.
+    """
+
+    changes: Arguments
+    message: str
+    of_values: bool = False
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def packed_errors(op: str, lead: str) -> list[ErrorInput]:
+    """What every op says of cu_seqlens; `lead` is (B, T, D) = (2, 3, 4) and may be cut to B = 1."""
+
+    def one(message: str, offsets: list[int], dtype=torch.int64, of_values=True) -> ErrorInput:
+        cu_seqlens = torch.tensor(offsets, dtype=dtype)
+        return ErrorInput(
+            {"cu_seqlens": cu_seqlens, "one row": True}, f"{op}: {message}", of_values
+        )
+
+    return [
+        one("cu_seqlens must ascend, got 1 after 2 at index 2", [0, 2, 1, 3]),
+        one("cu_seqlens must end at T = 3, got 2", [0, 2], torch.int32),
+        one("cu_seqlens must start at 0, got 1", [1, 3]),
+        one(
+            "cu_seqlens must have dtype int32 or int64, got float32",
+            [0, 3],
+            torch.float32,
+            of_values=False,
+        ),
+        one("cu_seqlens must have shape (S + 1,), got (0,)", [], of_values=False),
+        ErrorInput(
+            {"cu_seqlens": torch.tensor([0, 3])},
+            f"{op}: {lead} must have batch size B = 1 with cu_seqlens, got (2, 3, 4)",
+        ),
+    ]
 
 
 # ---- running ----------------------------------------------------------------------------------

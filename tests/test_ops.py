@@ -176,7 +176,8 @@ def _lengths(op, draw_seed=3):
 def test_compile_full_graph_with_at_most_one_recompile(op):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda args: op.function(**args), backend=counter, fullgraph=True)
+    function = op.function
+    compiled = torch.compile(lambda args: function(**args), backend=counter, fullgraph=True)
     for args in _lengths(op):
         leaves = replaced(args, lambda k, v: v.detach().requires_grad_(k in op.differentiable))
         outputs = compiled(leaves)
@@ -194,7 +195,8 @@ def test_compile_full_graph_with_at_most_one_recompile(op):
 @pytest.mark.slow
 def test_compile_inductor(op):
     torch._dynamo.reset()
-    compiled = torch.compile(lambda args: op.function(**args), fullgraph=True, dynamic=True)
+    function = op.function
+    compiled = torch.compile(lambda args: function(**args), fullgraph=True, dynamic=True)
     for args in _lengths(op):
         outputs = compiled(args)
         assert_same(list(enumerate(outputs)), list(enumerate(op.function(**args))), describe(args))

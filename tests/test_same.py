@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from opdb import OPS
+from opdb import OPS, alternative
 from recurra._check import state_dtype
 from support import (
     DTYPES,
@@ -66,8 +66,9 @@ def test_layouts_equal_contiguous(op, dtype):
             want, want_grads, _ = evaluate(op, plain, [c.clone() for c in cots])
             assert_same(list(enumerate(outputs)), list(enumerate(want)), context)
             assert_same(list(grads.items()), list(want_grads.items()), context)
-            order = torch.empty_like(strided[op.lead]).stride()
-            assert outputs[0].stride() == order, context
+            if outputs[0].shape == strided[op.lead].shape:
+                order = torch.empty_like(strided[op.lead]).stride()
+                assert outputs[0].stride() == order, context
             for k, g in grads.items():
                 assert g.stride() == torch.empty_like(strided[k]).stride(), f"{k}, {context}"
 
@@ -261,7 +262,7 @@ def test_special_values_stay_where_they_belong(op, dtype):
             for letters_out, y, before, want in zip(
                 op.outputs, got, outputs, same_type, strict=True
             ):
-                outside = ~_reached(letters_out, y.shape, *reach, after)
+                outside = ~_reached(alternative(letters_out, y), y.shape, *reach, after)
                 assert torch.equal(bits(y)[outside], bits(before)[outside]), f"forward: {context}"
                 # What the reference makes of it in the same dtype. It may lose more to infinity
                 # than the kernel, as silu(-Inf) = -0 shows, but not to NaN.
@@ -274,7 +275,7 @@ def test_special_values_stay_where_they_belong(op, dtype):
         for i, (t, c) in enumerate(sites):
             value = special[(i + turn) % len(special)]
             loud = cots[0].clone()
-            loud[1, t, c] = value
+            loud[1, t, ..., c] = value
             _, got, _ = evaluate(op, args, [loud, cots[1]])
             for k, g in got.items():
                 outside = ~_reached(op.layout(k, args[k]), g.shape, 1, t, c, not after)

@@ -14,11 +14,10 @@ RECURRA_FN void step(const V* x, const V* h, const V* p, V* out) {
   for_each_index<kStates<Cell>>([&](auto s) RECURRA_LAMBDA { out[s.value] = get<s.value>(next); });
 }
 
-// The step and J[s][j], the derivative of new state s along direction j of those in Directions,
-// numbered inputs first, then states, then parameters. The other columns of J are not touched.
+// The step on duals that have the directions in Directions, numbered inputs first, then states,
+// then parameters.
 template <class Cell, unsigned Directions, class V>
-RECURRA_FN void jacobian_along(const V* x, const V* h, const V* p, V* out,
-                               V (*J)[kInputs<Cell> + kStates<Cell> + kParams<Cell>]) {
+RECURRA_FN auto step_along(const V* x, const V* h, const V* p) {
   constexpr int G = kInputs<Cell>, S = kStates<Cell>, P = kParams<Cell>, K = G + S + P;
   const auto seeded = [](const V* v, auto first) RECURRA_LAMBDA {
     return [v](auto i) RECURRA_LAMBDA {
@@ -30,9 +29,22 @@ RECURRA_FN void jacobian_along(const V* x, const V* h, const V* p, V* out,
       }
     };
   };
-  const auto next =
-      Cell::step(generate<G>(seeded(x, Index<0>{})), generate<S>(seeded(h, Index<G>{})),
-                 generate<P>(seeded(p, Index<G + S>{})));
+  return Cell::step(generate<G>(seeded(x, Index<0>{})), generate<S>(seeded(h, Index<G>{})),
+                    generate<P>(seeded(p, Index<G + S>{})));
+}
+
+// The directions on which new state s depends, of those in Directions.
+template <class Cell, unsigned Directions, int s, class V>
+inline constexpr unsigned kDependsOn =
+    DualTraits<decltype(get<s>(step_along<Cell, Directions, V>(nullptr, nullptr, nullptr)))>::mask;
+
+// The step and J[s][j], the derivative of new state s along direction j of those in Directions. The
+// other columns of J are not touched.
+template <class Cell, unsigned Directions, class V>
+RECURRA_FN void jacobian_along(const V* x, const V* h, const V* p, V* out,
+                               V (*J)[kInputs<Cell> + kStates<Cell> + kParams<Cell>]) {
+  constexpr int S = kStates<Cell>, K = kInputs<Cell> + S + kParams<Cell>;
+  const auto next = step_along<Cell, Directions>(x, h, p);
   for_each_index<S>([&](auto s) RECURRA_LAMBDA {
     const auto state = get<s.value>(next);
     out[s.value] = value(state);

@@ -22,7 +22,7 @@ struct SLstm {
     auto [r_i, r_f, r_z, r_o] = params;
     auto i = fma(r_i, h, x_i);
     auto decayed = m - softplus(-fma(r_f, h, x_f));  // m + log sigmoid of the forget gate
-    auto top = select(n <= like(n, 0), i, max(i, decayed));
+    auto top = select(n <= like(n, 0), i, select(i <= i, max(i, decayed), i));  // keeps a NaN
     auto gap = decayed - top;
     // At most 1, and a NaN stays one. Of an empty state there is nothing to weigh.
     auto f = exp(select(gap > like(gap, 0), like(gap, 0), gap));

@@ -35,13 +35,22 @@ struct BatchMask {
   template <class V, int M>                                                         \
   RECURRA_FN Batch<V, M> NAME(Batch<V, M> a, const Batch<V, M>& b) {                \
     for_each_index<M>([&](auto i) RECURRA_LAMBDA { a.v[i] = NAME(a.v[i], b.v[i]); });  \
-    return a; }
+    return a; }                                                                     \
+  template <class V, int M>                                                         \
+  RECURRA_FN Batch<V, M> NAME(const Batch<V, M>& a, Number<V> b) {                  \
+    return NAME(a, Batch<V, M>(V(b))); }                                            \
+  template <class V, int M>                                                         \
+  RECURRA_FN Batch<V, M> NAME(Number<V> a, const Batch<V, M>& b) {                  \
+    return NAME(Batch<V, M>(V(a)), b); }
 #define RECURRA_BATCH_COMPARE(OP)                                                   \
   template <class V, int M>                                                         \
   RECURRA_FN BatchMask<V, M> operator OP(const Batch<V, M>& a, const Batch<V, M>& b) { \
     BatchMask<V, M> out;                                                            \
     for_each_index<M>([&](auto i) RECURRA_LAMBDA { out.m[i] = a.v[i] OP b.v[i]; });  \
-    return out; }
+    return out; }                                                                   \
+  template <class V, int M>                                                         \
+  RECURRA_FN BatchMask<V, M> operator OP(const Batch<V, M>& a, Number<V> b) {       \
+    return a OP Batch<V, M>(V(b)); }
 // clang-format on
 
 RECURRA_BATCH_1(operator-)
@@ -72,6 +81,10 @@ template <class V, int M>
 RECURRA_FN Batch<V, M> select(const BatchMask<V, M>& m, Batch<V, M> a, const Batch<V, M>& b) {
   for_each_index<M>([&](auto i) RECURRA_LAMBDA { a.v[i] = select(m.m[i], a.v[i], b.v[i]); });
   return a;
+}
+template <class V, int M>
+RECURRA_FN Batch<V, M> select(const BatchMask<V, M>& m, Number<V> a, const Batch<V, M>& b) {
+  return select(m, Batch<V, M>(V(a)), b);
 }
 
 #undef RECURRA_BATCH_1

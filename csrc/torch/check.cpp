@@ -128,8 +128,8 @@ std::string dtype_name(const Tensor& t) {
 }
 
 const char* dtype_name(DType d) {
-  constexpr const char* names[] = {"float32",   "float64",    "bfloat16", "float16",
-                                   "complex64", "complex128", "int32",    "int64"};
+  constexpr const char* names[] = {"float32",    "float64", "bfloat16", "float16", "complex64",
+                                   "complex128", "int32",   "int64",    "bool"};
   return names[static_cast<int>(d)];
 }
 
@@ -148,7 +148,8 @@ bool known_dtype(const Tensor& t) {
     case ScalarType::ComplexFloat:
     case ScalarType::ComplexDouble:
     case ScalarType::Int:
-    case ScalarType::Long: return true;
+    case ScalarType::Long:
+    case ScalarType::Bool: return true;
     default: return false;
   }
 }
@@ -160,6 +161,11 @@ void check_dtype(const char* op, const Rule& rule, const Tensor& t, const Rule& 
   if (rule.kind == "index") {
     if (!known_dtype(t) || (dtype_of(t) != DType::i32 && dtype_of(t) != DType::i64))
       fail(op, rule.name + " must have dtype int32 or int64, got " + dtype_name(t));
+    return;
+  }
+  if (rule.kind == "mask") {
+    if (t.scalar_type() != ScalarType::Bool)
+      fail(op, rule.name + " must have dtype bool, got " + dtype_name(t));
     return;
   }
   if (&rule == &lead) {
@@ -245,8 +251,9 @@ std::vector<int64_t> integers(const Tensor& t) {
 constexpr uintptr_t kHugeFrom = 4 << 20;  // bytes
 
 constexpr ScalarType kScalarTypes[] = {
-    ScalarType::Float,        ScalarType::Double,        ScalarType::BFloat16, ScalarType::Half,
-    ScalarType::ComplexFloat, ScalarType::ComplexDouble, ScalarType::Int,      ScalarType::Long};
+    ScalarType::Float, ScalarType::Double,       ScalarType::BFloat16,
+    ScalarType::Half,  ScalarType::ComplexFloat, ScalarType::ComplexDouble,
+    ScalarType::Int,   ScalarType::Long,         ScalarType::Bool};
 
 // A large result is new memory to the process, and mapping it by pages of 4 KiB takes longer than
 // computing it. This is a wish: where the system refuses, nothing else changes.
@@ -373,11 +380,49 @@ DType dtype_of(const Tensor& t) {
     case ScalarType::ComplexDouble: return DType::c128;
     case ScalarType::Int: return DType::i32;
     case ScalarType::Long: return DType::i64;
+    case ScalarType::Bool: return DType::b8;
     default: throw std::runtime_error("recurra: unsupported dtype");
   }
 }
 
 Tensor empty_like(const Tensor& like) { return with_huge_pages(torch::stable::empty_like(like)); }
+
+std::vector<int> memory_order(const Tensor& t) {
+  const auto size = [&](int n) { return t.size(n); };
+  const auto stride = [&](int n) { return t.stride(n); };
+  const int count = static_cast<int>(t.dim());
+  std::vector<int> order;  // from the innermost out
+  for (int n = count - 1; n >= 0; --n) order.push_back(n);
+  // As torch finds it: a dimension passes those of larger strides, and of equal ones and more
+  // elements; what is expanded neither moves nor stops another.
+  for (int i = 1; i < count; ++i)
+    for (int at = i, before = i - 1; before >= 0; --before) {
+      int &inner = order[static_cast<size_t>(before)], &outer = order[static_cast<size_t>(at)];
+      const int64_t a = stride(inner), b = stride(outer);
+      if (a == 0 || b == 0) continue;
+      if (a < b) break;
+      if (a == b && size(inner) <= size(outer)) continue;
+      std::swap(inner, outer);
+      at = before;
+    }
+  return {order.rbegin(), order.rend()};
+}
+
+Tensor empty_ordered(const Tensor& like, const std::vector<int64_t>& sizes,
+                     const std::vector<int>& order) {
+  std::vector<int64_t> outer;
+  for (int n : order) outer.push_back(sizes[static_cast<size_t>(n)]);
+  Tensor t = with_huge_pages(torch::stable::new_empty(like, outer));
+  // Dimension i of t is order[i]: brought to its place by swaps.
+  std::vector<int> place = order;
+  for (int n = 0; n < static_cast<int>(place.size()); ++n)
+    while (place[static_cast<size_t>(n)] != n) {
+      const int to = place[static_cast<size_t>(n)];
+      t = torch::stable::transpose(t, n, to);
+      std::swap(place[static_cast<size_t>(n)], place[static_cast<size_t>(to)]);
+    }
+  return t;
+}
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype) {
   return with_huge_pages(torch::stable::new_empty(like, {sizes.begin(), sizes.size()},

@@ -9,6 +9,7 @@
 //           param  parameters: that dtype or float32
 //           state  float32 for 16-bit activations, otherwise the activations' dtype
 //           index  int32 or int64
+//           mask   bool
 //           a kind followed by * may be complex as well
 //   ?       may be None
 //   shape   names bind to sizes when first met; a|1 also allows 1; W-1 is one less; W>=2 also sets
@@ -98,6 +99,11 @@ View<N + 1> one_step(const View<N>& v) {
 
 // Uninitialised tensors on the device of `like`. empty_like also takes its memory order.
 Tensor empty_like(const Tensor& like);
+// The dimensions of a tensor from the outermost in memory to the innermost, and an uninitialised
+// tensor of other sizes that lies so. recurra._check has the same for fake tensors.
+std::vector<int> memory_order(const Tensor& t);
+Tensor empty_ordered(const Tensor& like, const std::vector<int64_t>& sizes,
+                     const std::vector<int>& order);
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);
 // Zeros for the sums of csrc/partial_sums.h, where `a` (B, T, D) is broadcast to the shape of

@@ -3,7 +3,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <string>
+#include <utility>
 
+#include "cells/evaluate.h"
 #include "parallel.h"
 #include "simd/isa.h"
 #include "torch/check.h"
@@ -22,6 +24,28 @@ std::string isa_op(std::optional<std::string> cap) {
 
 int64_t threads_op() { return thread_count(); }
 
+// A line a cell: its name, inputs, states, parameters and output, then what enters with an input,
+// as parameter:input:state.
+std::string cells_op() {
+  std::string out;
+  for (const char* name : cell_names()) {
+    const CellInfo& info = *cell_info(name);
+    out.append(name);
+    for (const auto* names : {&info.inputs, &info.states, &info.params}) {
+      const char* separator = " ";
+      for (const char* one : *names) out.append(std::exchange(separator, ",")).append(one);
+    }
+    out.append(" ").append(info.states[static_cast<size_t>(info.output)]);
+    for (const AffineParam& a : info.affine) {
+      out.append(" ").append(std::to_string(a.param));
+      out.append(":").append(std::to_string(a.input));
+      out.append(":").append(std::to_string(a.state));
+    }
+    out.append("\n");
+  }
+  return out;
+}
+
 int torch_threads() {
   uint32_t count = 1;
   torch_get_num_threads(&count);
@@ -39,10 +63,12 @@ STABLE_TORCH_LIBRARY(recurra, m) {
   m.def("_requirements(str op) -> str");
   m.def("_isa(str? cap=None) -> str");
   m.def("_threads() -> int");
+  m.def("_cells() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(recurra, CompositeExplicitAutograd, m) {
   m.impl("_requirements", TORCH_BOX(&recurra::requirements_op));
   m.impl("_isa", TORCH_BOX(&recurra::isa_op));
   m.impl("_threads", TORCH_BOX(&recurra::threads_op));
+  m.impl("_cells", TORCH_BOX(&recurra::cells_op));
 }

@@ -15,6 +15,14 @@ namespace {
   "v:act(B,T,D) s:act(B|1,T|1,D|1) h0:state?(S,3,D) decay:param?(D) bonus:param?(D) " \
   "cu_seqlens:index?"
 
+#define RNN_REQUIREMENTS \
+  "x:act(B,T,G,N) params:param(P,N) h0:state?(S,K,N) reset:mask?(B,T) cu_seqlens:index?"
+
+#define RNN_ARGUMENTS                                                                             \
+  "(Tensor x, Tensor params, Tensor? h0=None, *, str cell, str algorithm=\"auto\", "              \
+  "int? chunk=None, int? max_passes=None, str on_fail=\"sequential\", bool return_states=False, " \
+  "Tensor? reset=None, Tensor? cu_seqlens=None)"
+
 constexpr Op kOps[] = {
     {"linear_scan(Tensor a, Tensor b, Tensor? h0=None, *, bool log_a=False, bool reverse=False, "
      "Tensor? cu_seqlens=None) -> (Tensor, Tensor)",
@@ -68,6 +76,14 @@ constexpr Op kOps[] = {
     {"softmax_scan_step(Tensor(a!) h, Tensor s, Tensor v, *, Tensor? decay=None, "
      "Tensor? bonus=None, Tensor? slots=None) -> Tensor",
      "v:act(B,D) s:act(B|1,D|1) h:state(M,3,D) decay:param?(D) bonus:param?(D) slots:index?(B)"},
+    {"rnn" RNN_ARGUMENTS " -> (Tensor, Tensor, Tensor, Tensor)", RNN_REQUIREMENTS},
+    {"_rnn_save" RNN_ARGUMENTS " -> (Tensor, Tensor, Tensor, Tensor, Tensor)", RNN_REQUIREMENTS},
+    {"_rnn_backward(Tensor? dy, Tensor? dh_last, Tensor saved, Tensor x, Tensor params, "
+     "Tensor? h0=None, *, str cell, bool return_states=False, Tensor? reset=None, "
+     "Tensor? cu_seqlens=None) -> (Tensor, Tensor, Tensor)",
+     RNN_REQUIREMENTS " dy:act?(B,T,N)/(B,T,K,N) dh_last:state?(S,K,N)"},
+    {"rnn_step(Tensor(a!) h, Tensor x, Tensor params, *, str cell, Tensor? slots=None) -> Tensor",
+     "x:act(B,G,N) params:param(P,N) h:state(M,K,N) slots:index?(B)"},
     {"_linear_step(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
      "x:act(B,K) weight:param(N,K) bias:param?(N)"},
     {"_rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",

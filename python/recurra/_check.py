@@ -98,6 +98,10 @@ def _check_dtype(op: str, rule: _Rule, tensor: Tensor, lead: _Rule, leader: Tens
         if tensor.dtype not in (torch.int32, torch.int64):
             fail(op, f"{rule.name} must have dtype int32 or int64, got {got}")
         return
+    if rule.kind == "mask":
+        if tensor.dtype != torch.bool:
+            fail(op, f"{rule.name} must have dtype bool, got {got}")
+        return
     if rule is lead:
         if tensor.dtype not in _REAL and not (rule.complex and tensor.dtype in _COMPLEX):
             or_complex = ", or be complex" if rule.complex else ""
@@ -215,3 +219,30 @@ def check_slots(op: str, rows: int, h: Tensor, slots: Tensor | None) -> None:
             f"h must have as many states as there are rows, {rows}, or slots must be given, "
             f"got {states}",
         )
+
+
+def memory_order(x: Tensor) -> list[int]:
+    """The dimensions of a tensor from the outermost in memory to the innermost, as torch finds it;
+    see csrc/torch/check.cpp."""
+    order = list(reversed(range(x.dim())))  # from the innermost out
+    sizes, strides = x.shape, x.stride()
+    for i in range(1, len(order)):
+        at = i
+        for before in reversed(range(i)):
+            inner, outer = order[before], order[at]
+            a, b = strides[inner], strides[outer]
+            if a == 0 or b == 0:
+                continue
+            if a < b:
+                break
+            if a == b and sizes[inner] <= sizes[outer]:
+                continue
+            order[before], order[at] = outer, inner
+            at = before
+    return order[::-1]
+
+
+def empty_ordered(like: Tensor, sizes: tuple[int, ...], order: list[int]) -> Tensor:
+    """An uninitialised tensor that lies in memory in that order."""
+    outer = like.new_empty([sizes[n] for n in order])
+    return outer.permute([order.index(n) for n in range(len(order))])

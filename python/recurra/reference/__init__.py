@@ -7,6 +7,7 @@ differentiable by torch itself.
 from recurra.reference import cells
 from recurra.reference.causal_conv1d import causal_conv1d, causal_conv1d_step
 from recurra.reference.linear_scan import linear_scan, linear_scan_step
+from recurra.reference.rnn import rnn, rnn_step
 from recurra.reference.selective_scan import selective_scan, selective_scan_step
 from recurra.reference.softmax_scan import softmax_scan, softmax_scan_step
 
@@ -16,6 +17,8 @@ __all__ = [
     "cells",
     "linear_scan",
     "linear_scan_step",
+    "rnn",
+    "rnn_step",
     "selective_scan",
     "selective_scan_step",
     "softmax_scan",

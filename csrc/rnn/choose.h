@@ -1,0 +1,33 @@
+// Which algorithm `auto` takes, and how Newton's method cuts time: from the shape alone, never from
+// the number of threads, so that bits do not depend on it. `recurra bench rnn-auto` measures what
+// stands here.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "view.h"
+
+namespace recurra {
+
+constexpr int64_t kMaxPasses = 16;
+
+struct NewtonShape {
+  int64_t chunk, warm_up;
+};
+
+// Enough lanes that neither their latency nor two threads leave anything to do, of stretches that
+// are long beside the runs that find their starts.
+inline NewtonShape newton_shape(int64_t chains, int64_t steps) {
+  constexpr int64_t lanes = 128, warm_up = 128;
+  const int64_t each = std::max<int64_t>(lanes / std::max<int64_t>(chains, 1), 16);
+  return {std::max<int64_t>((steps + each - 1) / each, 2 * warm_up), warm_up};
+}
+
+// chains: sequences by channels; steps: the length of one.
+inline bool prefers_newton(int64_t chains, int64_t steps, DType dtype, int64_t states) {
+  (void)dtype;
+  (void)states;
+  return chains <= 16 && steps >= 4096;
+}
+
+}  // namespace recurra

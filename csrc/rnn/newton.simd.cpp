@@ -1,0 +1,386 @@
+// Multiple shooting: the mathematics is in rnn.h.
+//
+// A stretch is `blocks` chunks of kRnnChunk steps, the last one of a sequence what is left of them;
+// stretch k of a channel is lane k of that channel's rows. What is left of a sequence after its
+// last whole chunk is walked sequentially. A task of a pass is a group of channels by a group of
+// lanes; between two passes the starts move, channel by channel.
+#include "rnn/converged.h"
+#include "rnn/sequential.h"
+
+namespace recurra::RECURRA_ISA {
+namespace {
+
+using namespace recurrent;
+
+constexpr int64_t kLaneGroup = 64;   // lanes of a task for one channel, at most
+constexpr int64_t kTaskLanes = 128;  // lanes of a task, at most
+
+// How a sequence is cut.
+struct Stretches {
+  int64_t chunks, blocks, count, lanes;  // lanes: count, rounded up to whole vectors
+
+  Stretches(const RnnNewton& args, int64_t n) {
+    chunks = args.sequences[n].length() / kRnnChunk;
+    blocks = (args.chunk + kRnnChunk - 1) / kRnnChunk;
+    count = (chunks + blocks - 1) / blocks;
+    lanes = newton_lanes(args.sequences[n].length(), args.chunk);
+  }
+  // Chunks of stretch k.
+  int64_t length(int64_t k) const { return k + 1 < count ? blocks : chunks - k * blocks; }
+};
+
+// What is kept of the stretches of one channel: a row of lanes for each state's start and end, and
+// for each entry of the product.
+template <class T>
+struct Shots {
+  T* data;
+  int64_t states, lanes;
+
+  T* start(int64_t s) const { return data + s * lanes; }
+  T* end(int64_t s) const { return data + (states + s) * lanes; }
+  T* product(int64_t i) const { return data + (2 * states + i) * lanes; }
+};
+template <class T>
+Shots<T> shots(const RnnNewton& args, const CellRows<T>& cell, int64_t n, int64_t channel) {
+  const int64_t lanes = Stretches(args, n).lanes, rows = newton_rows(cell.states);
+  T* const all = static_cast<T*>(args.workspace) + args.lanes_before[n] * args.x.size[3] * rows;
+  return {all + channel * rows * lanes, cell.states, lanes};
+}
+
+enum class Pass { warm_up, newton };
+
+// Channels c0 .. c0 + nc - 1 of sequence n by lanes k0 .. k0 + lw - 1 of each, lane k of channel c
+// in column c * lw + k.
+template <class T>
+struct LaneTask {
+  const RnnNewton& args;
+  const CellRows<T>& cell;
+  const Sequence seq;
+  const Stretches cut;
+  int64_t n, c0, nc, k0, lw, width;
+
+  T params[kMostParams * kTaskLanes] __attribute__((aligned(64)));
+  T h[kMostStates * kTaskLanes] __attribute__((aligned(64)));
+  T product[kMostStates * kMostStates * kTaskLanes] __attribute__((aligned(64)));
+  T x[kRnnChunk * kMostInputs * kTaskLanes] __attribute__((aligned(64)));
+  T y[kRnnChunk * kMostStates * kTaskLanes] __attribute__((aligned(64)));
+
+  LaneTask(const RnnNewton& a, const CellRows<T>& cells, int64_t sequence, int64_t channel,
+           int64_t channels, int64_t lane, int64_t lanes)
+      : args(a),
+        cell(cells),
+        seq(a.sequences[sequence]),
+        cut(a, sequence),
+        n(sequence),
+        c0(channel),
+        nc(channels),
+        k0(lane),
+        lw(lanes),
+        width(channels * lanes) {
+    for (int p = 0; p < cell.params; ++p)
+      for (int64_t c = 0; c < nc; ++c) {
+        const T value = load_element<T>(args.params.at(p, c0 + c), args.params.dtype);
+        for (int64_t k = 0; k < lw; ++k) params[p * width + c * lw + k] = value;
+      }
+  }
+
+  // f(row in lanes, row of the task) for the lanes of every channel.
+  template <class F>
+  void for_each_channel(const F& f) {
+    for (int64_t c = 0; c < nc; ++c) f(shots(args, cell, n, c0 + c), c * lw);
+  }
+  void copy(const T* from, T* to, int64_t count) {
+    for (int64_t k = 0; k < count; ++k) to[k] = from[k];
+  }
+
+  // Lanes whose stretch has a chunk j.
+  int64_t active(int64_t j) const {
+    int64_t k = j < cut.length(cut.count - 1) ? cut.count : cut.count - 1;
+    k = k - k0 < lw ? k - k0 : lw;
+    return k < 0 ? 0 : k;
+  }
+  // The last stretch ends before the others.
+  void keep_last(Pass pass) {
+    const int64_t k = cut.count - 1;
+    if (k < k0 || k >= k0 + lw) return;
+    for_each_channel([&](const Shots<T>& to, int64_t column) {
+      for (int s = 0; s < cell.states; ++s) to.end(s)[k] = h[s * width + column + k - k0];
+      for (int i = 0; pass == Pass::newton && i < cell.states * cell.states; ++i)
+        to.product(i)[k] = product[i * width + column + k - k0];
+    });
+  }
+  void keep_ends(Pass pass) {
+    const int64_t whole = cut.length(cut.count - 1) == cut.blocks ? cut.count : cut.count - 1;
+    const int64_t count = whole - k0 < lw ? whole - k0 : lw;
+    for_each_channel([&](const Shots<T>& to, int64_t column) {
+      for (int s = 0; s < cell.states; ++s) copy(h + s * width + column, to.end(s) + k0, count);
+      for (int i = 0; pass == Pass::newton && i < cell.states * cell.states; ++i)
+        copy(product + i * width + column, to.product(i) + k0, count);
+    });
+  }
+
+  // Inputs of chunk j: row t * inputs + g.
+  void load(int64_t j, int64_t lanes) {
+    const View<4>& v = args.x;
+    const int64_t between = cut.blocks * kRnnChunk * v.step(1), G = cell.inputs;
+    const int64_t first = seq.begin + (k0 * cut.blocks + j) * kRnnChunk;
+    const bool flat = nc == v.size[3] && (nc == 1 || v.step(3) == 1) &&
+                      (G == 1 || v.step(2) == nc) && v.step(1) == nc * G;
+    const auto fill = [&](const Plane& p, int64_t rows, T* to, int64_t apart) {
+      const Tile<T> tile = load_tile<T>(p, rows, lanes, to, apart);
+      for (int64_t i = 0; tile.data != to && i < rows; ++i)
+        copy(tile.row(i), to + i * apart, lanes);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t k = whole_lanes(lanes); k < lw; ++k) to[i * apart + k] = T(0);
+    };
+    if (flat)
+      return fill({v.at(seq.batch, first, 0, 0), v.dtype, 1, between}, kRnnChunk * G * nc, x, lw);
+    for (int64_t g = 0; g < G; ++g)
+      for (int64_t c = 0; c < nc; ++c)
+        fill({v.at(seq.batch, first, g, c0 + c), v.dtype, v.step(1), between}, kRnnChunk,
+             x + g * width + c * lw, G * width);
+  }
+  // Outputs of chunk j: row t * wanted + s.
+  void store(int64_t j, int64_t lanes) {
+    const View<4>& v = args.y;
+    const int64_t between = cut.blocks * kRnnChunk * v.step(1), S = v.size[2];
+    const int64_t first = seq.begin + (k0 * cut.blocks + j) * kRnnChunk;
+    const bool flat = nc == v.size[3] && (nc == 1 || v.step(3) == 1) &&
+                      (S == 1 || v.step(2) == nc) && v.step(1) == nc * S;
+    if (flat)
+      return store_tile<T>({v.at(seq.batch, first, 0, 0), v.dtype, 1, between}, kRnnChunk * S * nc,
+                           lanes, y, lw, false);
+    for (int64_t s = 0; s < S; ++s)
+      for (int64_t c = 0; c < nc; ++c)
+        store_tile<T>({v.at(seq.batch, first, s, c0 + c), v.dtype, v.step(1), between}, kRnnChunk,
+                      lanes, y + s * width + c * lw, S * width, false);
+  }
+  void save(int64_t j, int64_t lanes) {
+    const int64_t padded = args.padded();
+    for (int64_t k = 0; k < lanes; ++k) {
+      T* const to =
+          static_cast<T*>(args.saved) +
+          args.sequences.chunk_row(n, (k0 + k) * cut.blocks + j, kRnnChunk) * cell.states * padded +
+          c0;
+      for (int s = 0; s < cell.states; ++s)
+        for (int64_t c = 0; c < nc; ++c) to[s * padded + c] = h[s * width + c * lw + k];
+    }
+  }
+
+  // Empties the lanes that are reset before step t of chunk j; whether there are any.
+  bool reset(int64_t j, int64_t t, int64_t lanes, bool apply) {
+    bool any = false;
+    for (int64_t k = 0; k < lanes; ++k) {
+      if (!resets(args.reset, seq, ((k0 + k) * cut.blocks + j) * kRnnChunk + t)) continue;
+      any = true;
+      if (!apply) return true;
+      for (int64_t c = 0; c < nc; ++c) {
+        for (int s = 0; s < cell.states; ++s) h[s * width + c * lw + k] = T(0);
+        for (int i = 0; i < cell.states * cell.states; ++i) product[i * width + c * lw + k] = T(0);
+      }
+    }
+    return any;
+  }
+
+  void chunk(Pass pass, int64_t j, int64_t lanes) {
+    load(j, lanes);
+    Block<T> b;
+    b.width = whole_lanes(width);
+    b.apart = width;
+    b.params = params;
+    b.h = h;
+    b.product = product;
+    b.x_stride = cell.inputs * width;
+    const int64_t wanted = args.y.size[2];
+    for (int64_t t = 0, run; t < kRnnChunk; t += run) {
+      run = kRnnChunk - t;
+      if (args.reset) {
+        reset(j, t, lanes, true);
+        for (run = 1; t + run < kRnnChunk && !reset(j, t + run, lanes, false);) ++run;
+      }
+      b.steps = run;
+      for (int g = 0; g < cell.inputs; ++g) b.x[g] = x + (t * cell.inputs + g) * width;
+      if (pass == Pass::warm_up) {
+        cell.advance(b);
+        continue;
+      }
+      for (int s = 0; s < cell.states; ++s)
+        if (wanted > 1 || s == cell.output)
+          b.y[s] = y + (t * wanted + (wanted > 1 ? s : 0)) * width;
+      b.y_stride = wanted * width;
+      cell.advance_with_product(b);
+    }
+    if (pass == Pass::newton) store(j, lanes);
+  }
+
+  void run(Pass pass) {
+    clear_rows(h, cell.states, width, width);
+    int64_t first = 0;
+    if (pass == Pass::warm_up) {
+      const int64_t warm = (args.warm_up + kRnnChunk - 1) / kRnnChunk;
+      first = warm < cut.blocks ? cut.blocks - warm : 0;
+    } else {
+      clear_rows(product, cell.states * cell.states, width, width);
+      for (int s = 0; s < cell.states; ++s)
+        for (int64_t i = 0; i < width; ++i) product[s * (cell.states + 1) * width + i] = T(1);
+      for_each_channel([&](const Shots<T>& from, int64_t column) {
+        for (int s = 0; s < cell.states; ++s) copy(from.start(s) + k0, h + s * width + column, lw);
+      });
+    }
+    for (int64_t j = first; j < cut.blocks; ++j) {
+      if (j == cut.length(cut.count - 1)) keep_last(pass);
+      const int64_t lanes = active(j);
+      if (lanes == 0) break;
+      if (pass == Pass::newton && args.saved) save(j, lanes);
+      chunk(pass, j, lanes);
+    }
+    keep_ends(pass);
+  }
+};
+
+// Moves the starts of a channel by Newton's step; true where there is nothing to do any more.
+template <class T>
+bool move_starts(const RnnNewton& args, const CellRows<T>& cell, int64_t n, int64_t channel,
+                 int32_t pass) {
+  const int64_t count = Stretches(args, n).count, at = n * args.x.size[3] + channel;
+  const Shots<T> shot = shots(args, cell, n, channel);
+  const int S = cell.states;
+  T largest[kMostStates] = {}, d[kMostStates] = {}, mismatch = 0;
+  bool finite = true, near = true;
+  for (int s = 0; s < S; ++s)
+    for (int64_t k = 0; k < count; ++k) {
+      const T size = absolute(shot.end(s)[k]);
+      finite = finite && is_finite(size);
+      if (size > largest[s]) largest[s] = size;
+    }
+  for (int64_t k = 0; finite && k + 1 < count; ++k) {
+    T next[kMostStates], gap[kMostStates];
+    bool usable = true;
+    for (int s = 0; s < S; ++s) {
+      next[s] = T(0);
+      for (int i = 0; i < S; ++i) next[s] += shot.product(s * S + i)[k] * d[i];
+      gap[s] = shot.end(s)[k] - shot.start(s)[k + 1];
+      if (absolute(gap[s]) > mismatch) mismatch = absolute(gap[s]);
+      // A linear step that leaves the range of the states says nothing.
+      usable = usable && absolute(next[s]) <= 2 * largest[s];
+    }
+    for (int s = 0; s < S; ++s) {
+      const T to = shot.end(s)[k] + (usable ? next[s] : T(0));
+      d[s] = gap[s] + (usable ? next[s] : T(0));
+      near = near && usable && absolute(d[s]) <= kConverged<T> * largest[s];
+      shot.start(s)[k + 1] = to;
+    }
+  }
+  const NewtonReport& report = args.report;
+  report.passes[at] = pass;
+  report.mismatch[at] = finite ? static_cast<double>(mismatch) : __builtin_nan("");
+  report.converged[at] = finite && (near || mismatch == T(0));
+  return report.converged[at] || !finite;
+}
+
+template <class T>
+struct Solver {
+  const RnnNewton& args;
+  const CellRows<T>& cell;
+  int64_t channels, group, groups, lane_groups;
+
+  Solver(const RnnNewton& a, const CellRows<T>& cells) : args(a), cell(cells) {
+    channels = args.x.size[3];
+    int64_t lanes = kLanes;
+    for (int64_t n = 0; n < args.sequences.count; ++n) {
+      const int64_t of_n = Stretches(args, n).lanes;
+      lanes = of_n > lanes ? of_n : lanes;
+    }
+    group = kTaskLanes / kLanes < channels ? kTaskLanes / kLanes : channels;
+    groups = (channels + group - 1) / group;
+    lane_groups = (lanes + width() - 1) / width();
+  }
+  // Lanes of a task for each of its channels.
+  int64_t width() const {
+    const int64_t fit = kTaskLanes / group / kLanes * kLanes;
+    return fit < kLaneGroup ? fit : kLaneGroup;
+  }
+  int64_t size(int64_t g) const {
+    return channels - g * group < group ? channels - g * group : group;
+  }
+  bool shoots(int64_t n) const { return Stretches(args, n).count > 1; }
+  bool done(int64_t n, int64_t g) const {
+    bool all = true;
+    for (int64_t c = 0; c < size(g); ++c) all = all && args.done[n * channels + g * group + c];
+    return all;
+  }
+
+  void pass(Pass kind) {
+    parallel(args.sequences.count * groups * lane_groups, [&](int64_t task) {
+      const int64_t n = task / (groups * lane_groups), g = task / lane_groups % groups,
+                    k0 = task % lane_groups * width();
+      const Stretches cut(args, n);
+      if (k0 >= cut.count || done(n, g)) return;
+      const int64_t lw = cut.lanes - k0 < width() ? cut.lanes - k0 : width();
+      LaneTask<T>(args, cell, n, g * group, size(g), k0, lw).run(kind);
+    });
+  }
+
+  void run() {
+    const int64_t rows = args.sequences.count * channels;
+    for (int64_t i = 0; i < rows; ++i) {
+      args.done[i] = !shoots(i / channels);
+      args.report.converged[i] = args.done[i];
+    }
+    pass(Pass::warm_up);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (args.done[i]) continue;
+      const Shots<T> shot = shots(args, cell, i / channels, i % channels);
+      for (int s = 0; s < cell.states; ++s) {
+        T* const start = shot.start(s);
+        const Plane h0 = state_plane(args.h0, i / channels, s, i % channels);
+        start[0] = h0 ? load_element<T>(h0.data, h0.dtype) : T(0);
+        for (int64_t k = 1; k < shot.lanes; ++k)
+          start[k] = k < Stretches(args, i / channels).count ? shot.end(s)[k - 1] : T(0);
+      }
+    }
+    for (int32_t passes = 1; passes <= args.max_passes; ++passes) {
+      bool all = true;
+      for (int64_t i = 0; i < rows; ++i) all = all && args.done[i];
+      if (all) break;
+      pass(Pass::newton);
+      for (int64_t i = 0; i < rows; ++i)
+        if (!args.done[i])
+          args.done[i] = move_starts(args, cell, i / channels, i % channels, passes);
+    }
+    finish();
+  }
+
+  // The steps behind the last whole chunk, and all of those where nothing else worked.
+  void finish() {
+    parallel(args.sequences.count * groups, [&](int64_t task) {
+      const int64_t n = task / groups, g = task % groups, c0 = g * group;
+      bool good = shoots(n);
+      for (int64_t c = 0; c < size(g); ++c)
+        good = good && args.report.converged[n * channels + c0 + c];
+      if (!good) return walk_span<T>(args, cell, n, c0, size(g), false);
+      Span<T> span;
+      load_params(args.params, c0, size(g), span.params);
+      const Stretches cut(args, n);
+      for (int s = 0; s < cell.states; ++s)
+        for (int64_t c = 0; c < whole_lanes(size(g)); ++c)
+          span.h.row(s)[c] =
+              c < size(g) ? shots(args, cell, n, c0 + c).end(s)[cut.count - 1] : T(0);
+      walk_steps<T>(args, cell, n, cut.chunks * kRnnChunk, c0, size(g), false, span);
+      store_states(args.h_last, n, cell.states, c0, size(g), span.h);
+    });
+  }
+};
+
+template <class T>
+void run(const RnnNewton& args) {
+  Solver<T>(args, cell_rows<T>(args.cell)).run();
+}
+
+}  // namespace
+
+void rnn_newton(const RnnNewton& args) {
+  computes_in_double(args.x.dtype) ? run<double>(args) : run<float>(args);
+}
+
+}  // namespace recurra::RECURRA_ISA

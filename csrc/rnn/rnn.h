@@ -1,0 +1,98 @@
+// rnn: any cell of csrc/cells along time, channel by channel, h_t = step(x_t, h_{t-1}, p).
+//
+// Sequentially, lanes are channels. By Newton's method lanes are stretches of time of one channel
+// (multiple shooting): the unknowns are the states s_k at the starts of the stretches alone. A pass
+// runs every stretch from its start, which gives its end e_k and the product P_k of the Jacobians
+// along it, and the starts then move by
+//   d_0 = 0,  d_{k+1} = e_k - s_{k+1} + P_k d_k,
+// Newton's step for s_{k+1} = e_k. Inside a stretch nothing is approximate, and a mismatch
+// e_k - s_{k+1} of 0 at every boundary means that the result is the sequential one, bit for bit.
+// Keller 1968, "Numerical methods for two-point boundary-value problems"; Bock and Plitt 1984. The
+// first starts are the ends of short runs from an empty state, since most cells forget.
+//
+// The textbook form (DEER, Lim et al. 2024; ParaRNN, Danieli et al. 2025) has all h_t as unknowns:
+//   d_t = step(x_t, h_{t-1}, p) - h_t + J_t d_{t-1},  from h_t = step(x_t, 0, p).
+//
+// Backward, mu_t the cotangent of h_t, L = d step / d (x, h, p) at (x_t, h_{t-1}, p):
+//   mu_t += dh_t,  (dx_t, mu_{t-1}, dp +=) = L' mu_t
+#pragma once
+#include "simd/isa.h"
+#include "view.h"
+
+namespace recurra {
+
+// Steps between two saved states; the backward holds this many at a time.
+constexpr int64_t kRnnChunk = 32;
+
+// What forward and backward are both given.
+struct RnnInputs {
+  int cell = 0;    // its place in the list of csrc/cells/all.h
+  View<4> x;       // (B, T, G, N)
+  View<2> params;  // (P, N)
+  View<3> h0;      // (S, states, N)
+  View<2> reset;   // (B, T) of bool: the state before this step is zero
+  Sequences sequences;
+
+  int64_t padded() const { return (x.size[3] + 15) / 16 * 16; }
+};
+
+struct Rnn : RnnInputs {
+  View<3> h_last;
+  View<4> y;              // (B, T, 1, N), or (B, T, states, N)
+  void* saved = nullptr;  // (chunk rows, states, padded) in the compute type, the state before
+                          // each chunk; or null
+  const int64_t* slots = nullptr;  // state of each sequence; negative: skip and return zeros
+};
+
+// What Newton's method leaves, one for each sequence and channel: the passes that it took, the
+// largest mismatch of the last one, and whether that is as good as the sequential result. Where it
+// is not, the sequential result is what is returned.
+struct NewtonReport {
+  int32_t* passes = nullptr;
+  double* mismatch = nullptr;
+  bool* converged = nullptr;
+};
+
+struct RnnNewton : Rnn {
+  int64_t chunk = 0;    // steps of a stretch
+  int64_t warm_up = 0;  // steps of the runs that give the first starts
+  int64_t max_passes = 0;
+  NewtonReport report;
+  // In the compute type, zeros: newton_rows(states) rows of lanes for each channel, those of
+  // sequence n from its lanes_before on.
+  void* workspace = nullptr;
+  const int64_t* lanes_before = nullptr;  // (S + 1)
+  bool* done = nullptr;                   // (S, N)
+};
+
+// Lanes of a channel: one for each stretch, in whole vectors.
+constexpr RECURRA_EVERYWHERE int64_t newton_lanes(int64_t steps, int64_t chunk) {
+  const int64_t blocks = (chunk + kRnnChunk - 1) / kRnnChunk;
+  return ((steps / kRnnChunk + blocks - 1) / blocks + 15) / 16 * 16;
+}
+constexpr RECURRA_EVERYWHERE int64_t newton_rows(int64_t states) { return states * (2 + states); }
+
+struct RnnGlobalNewton : Rnn {
+  int64_t max_passes = 0;
+  NewtonReport report;
+  void* workspace = nullptr;  // (B, T, states, padded) in the compute type
+};
+
+struct RnnBackward : RnnInputs {
+  View<4> dy;
+  View<3> dh_last;
+  const void* saved = nullptr;
+  View<4> dx;
+  View<2> dparams;
+  View<3> dh0;
+  // Sequences are walked in `parts` runs, each with sums of its own.
+  int64_t parts = 1;
+  void* sums = nullptr;  // (parts, P, padded) in the compute type, zeros
+};
+
+}  // namespace recurra
+
+RECURRA_KERNEL(rnn, Rnn)
+RECURRA_KERNEL(rnn_newton, RnnNewton)
+RECURRA_KERNEL(rnn_global_newton, RnnGlobalNewton)
+RECURRA_KERNEL(rnn_backward, RnnBackward)
