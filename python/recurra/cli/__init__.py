@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from recurra.cli import bench, evaluate, generate, info, train
+from recurra.cli import bench, diag, evaluate, generate, info, train
 
-_COMMANDS = (info, bench, train, generate, evaluate)
+_COMMANDS = (info, bench, train, generate, evaluate, diag)
 
 
 def _parser() -> argparse.ArgumentParser:

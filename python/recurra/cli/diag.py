@@ -1,0 +1,25 @@
+"""``recurra diag``."""
+
+from __future__ import annotations
+
+import argparse
+
+from recurra.cli import _common
+from recurra.diag import newton
+
+_DIAGNOSTICS = {"newton": newton}
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "diag",
+        help="small experiments with a picture: convergence, memory tasks",
+        description="Runs a small experiment and draws it.",
+    )
+    names = parser.add_subparsers(dest="diagnostic", required=True, metavar="NAME")
+    for name, module in _DIAGNOSTICS.items():
+        each = _common.add_command(
+            names, name, module.run, module.EPILOG, help=module.HELP, description=module.HELP
+        )
+        module.add_options(each)
+        _common.add_threads_option(each)
