@@ -7,10 +7,11 @@
 
 namespace recurra {
 
-enum class Loop : int { fma, exp2, exp, sigmoid, tanh, softplus, silu };
+enum class Loop : int { fma, exp2, exp, sigmoid, tanh, softplus, silu, paragru_chain };
 
 // One task of a rate measurement: `repeats` passes over a buffer that stays in the L1 cache, or as
-// many rounds of independent fused multiply-adds in registers. `done` receives the lanes computed.
+// many rounds of independent fused multiply-adds in registers, or of steps of ParaGRU that wait for
+// one another. `done` receives the lanes computed.
 struct LoopTask {
   Loop loop = Loop::fma;
   int64_t repeats = 1;

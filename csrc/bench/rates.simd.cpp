@@ -1,6 +1,7 @@
 // The loops whose rates bound the kernels. They are written like the kernels, on Vec and the
 // functions of csrc/math, so what they reach is what a perfect kernel could.
 #include "bench/rates.h"
+#include "cells/paragru.h"
 #include "math/batch.h"
 #include "math/functions.h"
 #include "tile.h"
@@ -54,6 +55,19 @@ void fma_chains(const LoopTask& task) {
   *task.done = task.repeats * rounds * chains * kLanes;
 }
 
+void paragru_chain(const LoopTask& task) {
+  constexpr int rounds = 64;
+  volatile float input = 0.25f;
+  const V x(input), p(input);
+  V h(0.0f);
+  for (int64_t n = 0; n < task.repeats * rounds; ++n)
+    h = get<0>(ParaGru::step(pack(x, x, x), pack(h), pack(p, p, p)));
+  float out[kLanes];
+  h.store(out);
+  touch(out, out);
+  *task.done = task.repeats * rounds * kLanes;
+}
+
 }  // namespace
 
 void run_loop(const LoopTask& task) {
@@ -61,6 +75,7 @@ void run_loop(const LoopTask& task) {
                         RECURRA_LAMBDA { pass_over_buffer(task, low, high, f); };
   switch (task.loop) {
     case Loop::fma: return fma_chains(task);
+    case Loop::paragru_chain: return paragru_chain(task);
     case Loop::exp2: return over(-16, 0, [](auto x) RECURRA_LAMBDA { return exp2_fast(x); });
     case Loop::exp: return over(-16, 0, [](auto x) RECURRA_LAMBDA { return exp(x); });
     case Loop::sigmoid: return over(-8, 8, [](auto x) RECURRA_LAMBDA { return sigmoid(x); });

@@ -56,10 +56,11 @@ Value named(const std::map<std::string, Value>& table, const char* what, const s
   throw std::invalid_argument(std::string(what) + " must be one of " + known + ", got " + name);
 }
 
-const std::map<std::string, Loop> kLoops = {{"fma", Loop::fma},   {"exp2", Loop::exp2},
-                                            {"exp", Loop::exp},   {"sigmoid", Loop::sigmoid},
-                                            {"tanh", Loop::tanh}, {"softplus", Loop::softplus},
-                                            {"silu", Loop::silu}};
+const std::map<std::string, Loop> kLoops = {
+    {"fma", Loop::fma},   {"exp2", Loop::exp2},
+    {"exp", Loop::exp},   {"sigmoid", Loop::sigmoid},
+    {"tanh", Loop::tanh}, {"softplus", Loop::softplus},
+    {"silu", Loop::silu}, {"paragru_chain", Loop::paragru_chain}};
 const std::map<std::string, StreamKind> kStreams = {
     {"triad", StreamKind::triad},
     {"triad_past_caches", StreamKind::triad_past_caches},
@@ -93,8 +94,9 @@ double exp2_ulp(float low, float high, int64_t count) {
 // What is measured here and printed by `recurra bench`.
 void define_rates(py::module_& m) {
   m.def("rate", &rate, py::arg("loop"), py::arg("milliseconds") = 5.0,
-        "Floats per nanosecond of a loop (fma, exp2, exp, sigmoid, tanh, softplus or silu) on "
-        "sixteen lanes in the L1 cache, all threads together; a fused multiply-add counts once.");
+        "Floats per nanosecond of a loop (fma, exp2, exp, sigmoid, tanh, softplus, silu, or "
+        "paragru_chain, steps that wait for one another) on sixteen lanes in the L1 cache, all "
+        "threads together; a fused multiply-add counts once.");
   m.def("stream", &stream, py::arg("kind"), py::arg("a").noconvert(), py::arg("b").noconvert(),
         py::arg("c").noconvert(),
         "Seconds of one pass c = 3 a + b (triad, triad_past_caches) or of reading a (read).");

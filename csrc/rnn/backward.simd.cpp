@@ -69,12 +69,15 @@ struct Task {
     b.dparams = dparams;
     Rows<T> x[kMostInputs], dx[kMostInputs], dy[kMostStates];
     Plane to[kMostInputs];
+    b.past = stream && dx_in_place;
     for (int g = 0; g < cell.inputs; ++g) {
       x[g] = read_rows(plane(args.x, seq, g, c0), x_in_place, t0, steps, nc, x_rows[g]);
       to[g] = plane(args.dx, seq, g, c0).at(t0, 0);
       dx[g] = dx_in_place ? Rows<T>{reinterpret_cast<T*>(to[g].data), to[g].stride_t}
                           : Rows<T>{dx_rows[g].x, kTileApart<T>};
+      b.past = b.past && may_stream<T>(to[g]);
     }
+    if (x_in_place && dy_in_place) b.ahead = -kRnnChunk;
     for (int s = 0; s < cell.states; ++s)
       if (all || s == cell.output)
         dy[s] =
@@ -115,6 +118,7 @@ struct Task {
       cell.reverse(b);
       if (emptied) clear_rows(mu, cell.states, apart, width);
     }
+    flush_rows(mu, cell.states, apart, width);
     for (int p = 0; p < cell.params; ++p)
       for (int64_t c = 0; c < width; c += kLanes)
         (Vec<T>::load(sums + p * padded + c) + Vec<T>::load(dparams + p * apart + c))

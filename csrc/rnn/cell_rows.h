@@ -17,11 +17,14 @@ struct Block {
 
   const T* x[kMostInputs];  // input g of step t lies at x[g] + t * x_stride
   int64_t x_stride;
+  // Steps from one whose inputs, or cotangents, are read to one whose are fetched meanwhile: no
+  // machine foresees rows this far apart. Zero where they are near already.
+  int64_t ahead = 0;
   const T* params;         // rows
   T* h;                    // rows: the states, advanced in place
   T* y[kMostStates] = {};  // state s after step t to y[s] + t * y_stride; null: not wanted
   int64_t y_stride = 0;
-  bool past = false;  // y past the caches
+  bool past = false;  // y, or dx, past the caches
 
   T* product = nullptr;  // (states, states) rows: multiplied from the left by each step's Jacobian
 
@@ -54,6 +57,18 @@ template <class T>
 RECURRA_INLINE void clear_rows(T* rows, int64_t count, int64_t apart, int64_t width) {
   for (int64_t i = 0; i < count; ++i)
     for (int64_t c = 0; c < width; c += kLanes) Vec<T>(T(0)).store(rows + i * apart + c);
+}
+
+// Zeros for what is subnormal. A factor or a cotangent that decays along time would stay so for
+// ever, where a multiplication takes a hundred times as long.
+template <class T>
+RECURRA_INLINE void flush_rows(T* rows, int64_t count, int64_t apart, int64_t width) {
+  constexpr T least = sizeof(T) == 4 ? T(0x1p-126) : T(0x1p-1022);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const Vec<T> v = Vec<T>::load(rows + i * apart + c);
+      select(abs(v) < Vec<T>(least), Vec<T>(T(0)), v).store(rows + i * apart + c);
+    }
 }
 
 // Whether the state is emptied before step t of a sequence.

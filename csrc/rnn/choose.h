@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "view.h"
+#include "rnn/rnn.h"
 
 namespace recurra {
 
@@ -20,7 +20,9 @@ struct NewtonShape {
 inline NewtonShape newton_shape(int64_t chains, int64_t steps) {
   constexpr int64_t lanes = 128, warm_up = 128;
   const int64_t each = std::max<int64_t>(lanes / std::max<int64_t>(chains, 1), 16);
-  return {std::max<int64_t>((steps + each - 1) / each, 2 * warm_up), warm_up};
+  const int64_t chunk = std::max<int64_t>((steps + each - 1) / each, 2 * warm_up);
+  // An odd number of blocks: at powers of two the lines of all lanes fall on one set of the caches.
+  return {((chunk + kRnnChunk - 1) / kRnnChunk | 1) * kRnnChunk, warm_up};
 }
 
 // chains: sequences by channels; steps: the length of one.

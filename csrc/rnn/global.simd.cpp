@@ -82,6 +82,7 @@ struct Sweeps {
         clear_rows(h.x, cell.states, kApart<T>, width);
         clear_rows(step.x, cell.states, kApart<T>, width);
       }
+      flush_rows(step.x, cell.states, kApart<T>, width);
       b.mu = step.x;
       b.product = largest.x;
       cell.newton(b);

@@ -99,14 +99,20 @@ struct LaneTask {
     k = k - k0 < lw ? k - k0 : lw;
     return k < 0 ? 0 : k;
   }
-  // The last stretch ends before the others.
+  // The last stretch ends before the others. Its lane goes on without inputs, from zeros, since
+  // what decays would become subnormal.
   void keep_last(Pass pass) {
     const int64_t k = cut.count - 1;
     if (k < k0 || k >= k0 + lw) return;
     for_each_channel([&](const Shots<T>& to, int64_t column) {
-      for (int s = 0; s < cell.states; ++s) to.end(s)[k] = h[s * width + column + k - k0];
+      const auto take = [&](T& from) {
+        const T last = from;
+        from = T(0);
+        return last;
+      };
+      for (int s = 0; s < cell.states; ++s) to.end(s)[k] = take(h[s * width + column + k - k0]);
       for (int i = 0; pass == Pass::newton && i < cell.states * cell.states; ++i)
-        to.product(i)[k] = product[i * width + column + k - k0];
+        to.product(i)[k] = take(product[i * width + column + k - k0]);
     });
   }
   void keep_ends(Pass pass) {
@@ -210,7 +216,9 @@ struct LaneTask {
       b.y_stride = wanted * width;
       cell.advance_with_product(b);
     }
-    if (pass == Pass::newton) store(j, lanes);
+    if (pass == Pass::warm_up) return;
+    flush_rows(product, cell.states * cell.states, width, whole_lanes(width));
+    store(j, lanes);
   }
 
   void run(Pass pass) {

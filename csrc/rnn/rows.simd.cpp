@@ -80,6 +80,15 @@ struct Arguments {
   }
 };
 
+template <class Cell, class T>
+RECURRA_INLINE void fetch_inputs(const Block<T>& b, int width, int64_t t, int64_t c) {
+  if (b.ahead == 0) return;
+  for_each_index<Sizes<Cell>::G>([&](auto g) RECURRA_LAMBDA {
+    const T* const row = b.x[g] + (t + b.ahead) * b.x_stride + c;
+    for (int i = 0; i < width; i += 64 / static_cast<int>(sizeof(T))) prefetch<2>(row + i);
+  });
+}
+
 template <class T, class L, class V>
 RECURRA_INLINE void put_state(const Block<T>& b, L, int s, int64_t t, int64_t c, const V& state) {
   L::store(b.h + s * b.apart + c, state);
@@ -93,6 +102,7 @@ void advance(const Block<T>& b) {
   for_each_row(b, [&](auto lanes, int64_t t, int64_t c) RECURRA_LAMBDA {
     using L = decltype(lanes);
     using V = decltype(L::load(b.h));
+    fetch_inputs<Cell>(b, L::width, t, c);
     const Arguments<Cell, V> at(b, lanes, t, c);
     V next[Sizes<Cell>::S];
     step<Cell>(at.x, at.h, at.p, next);
@@ -159,6 +169,7 @@ void linearise(const Block<T>& b) {
   for_each_row(b, [&](auto lanes, int64_t t, int64_t c) RECURRA_LAMBDA {
     using L = decltype(lanes);
     using V = decltype(L::load(b.h));
+    fetch_inputs<Cell>(b, L::width, t, c);
     const Arguments<Cell, V> at(b, lanes, t, c);
     const auto next = step_along<Cell, H::D>(at.x, at.h, at.p);
     T* const to = b.held + t * H::rows * b.apart + c;
@@ -185,7 +196,12 @@ void reverse(const Block<T>& b) {
       V mu[S];
       for_each_index<S>([&](auto s) RECURRA_LAMBDA {
         mu[s] = V::load(b.mu + s * b.apart + c);
-        if (b.dy[s]) mu[s] = mu[s] + V::load(b.dy[s] + t * b.dy_stride + c);
+        if (!b.dy[s]) return;
+        const T* const dy = b.dy[s] + t * b.dy_stride + c;
+        if (b.ahead)
+          for (int i = 0; i < kLanes; i += 64 / static_cast<int>(sizeof(T)))
+            prefetch<2>(dy + b.ahead * b.dy_stride + i);
+        mu[s] = mu[s] + V::load(dy);
       });
       // mu' J along direction k.
       const auto along = [&](auto k) RECURRA_LAMBDA {
@@ -199,7 +215,8 @@ void reverse(const Block<T>& b) {
       V dx[G + 1];
       for_each_index<G>([&](auto g) RECURRA_LAMBDA {
         dx[g] = along(g);
-        dx[g].store(b.dx[g] + t * b.dx_stride + c);
+        T* const to = b.dx[g] + t * b.dx_stride + c;
+        b.past ? dx[g].stream(to) : dx[g].store(to);
       });
       for_each_index<P>([&](auto p) RECURRA_LAMBDA {
         T* const to = b.dparams + p * b.apart + c;

@@ -16,6 +16,7 @@ template <class T>
 constexpr int64_t kApart = kWidest<T> + kLanes;
 template <class T>
 constexpr int64_t kTileApart = kTiled<T> + kLanes;
+constexpr int64_t kAhead = 4;             // steps
 constexpr int64_t kStreamFrom = 8 << 20;  // bytes of output that no cache should hold
 
 template <class T>
@@ -156,6 +157,7 @@ void walk_steps(const Rnn& args, const CellRows<T>& cell, int64_t n, int64_t beg
           b.y_stride = y[s].stride;
         }
       b.past = out.past;
+      if (in_place) b.ahead = kAhead;
       cell.advance(b);
     }
     if (!out.in_place)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import recurra
-from recurra.bench import default, peers
+from recurra.bench import default, peers, rnn
 from recurra.bench.floors import Floor
 from recurra.bench.memory import peak_memory
 from recurra.bench.problems import (
@@ -273,7 +273,7 @@ def _step(op: str, shape: tuple[int, ...], with_peers: bool) -> Built:
 
 def _memory(shape: tuple[int, ...], with_peers: bool) -> list[Measured]:
     """Peak memory of selective_scan forward and backward, results included, over its inputs."""
-    inputs, extra = peak_memory(shape)
+    inputs, extra = peak_memory("selective_scan", shape)
     mebi = 1 / 2**20
     text = (
         f"{extra * mebi:.0f} MiB at the peak, results and gradients included, beside "
@@ -307,6 +307,7 @@ AXES = {
     "linear_scan": ("B", "T", "D"),
     "causal_conv1d": ("B", "D", "L"),
     "softmax_scan": ("B", "T", "D"),
+    "rnn": ("B", "T", "N"),
 }
 
 
@@ -357,6 +358,8 @@ def case(op: str, shape: tuple[int, ...], kind: str) -> Case:
             f"the shape of {op} is {'x'.join(AXES[op])}, sizes of at least 1, "
             f"got {'x'.join(map(str, shape))}"
         )
+    if op == "rnn":
+        return rnn.case(shape, kind)
     listed = SELECTIVE_SHAPES + LINEAR_SHAPES + CONV_SHAPES + SOFTMAX_SHAPES
     targets = _targets(op, shape, kind) if shape in listed else ()
     return Case(op, shape, kind, functools.partial(_BUILDERS[op], shape, kind), targets)
@@ -390,10 +393,11 @@ def table() -> list[Case]:
         )
         for op in shapes
     ]
+    cases += rnn.cases()
     cases += [
         Case(op, (), FORWARD, functools.partial(_default, op))
         for op in default.public_ops()
-        if op not in shapes
+        if not any(case.op == op for case in cases)
     ]
     from recurra.bench import dropin, models  # which are made of the cases above
 

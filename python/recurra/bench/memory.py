@@ -1,20 +1,21 @@
-"""The memory of a training step of selective_scan, or of a model, measured by the system."""
+"""The memory of a training step of an op, or of a model, measured by the system."""
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 
-def peak_memory(shape: tuple[int, ...]) -> tuple[int, int]:
+def peak_memory(op: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """Bytes of the inputs, and of the peak beyond them, in a process of its own.
 
     The peak is that of the resident memory while the forward and backward run: outputs, what
     autograd saves, workspaces, and all gradients, which are held at the end.
     """
-    command = [sys.executable, "-m", "recurra.bench.memory", *map(str, shape)]
+    command = [sys.executable, "-m", "recurra.bench.memory", op, *map(str, shape)]
     out = subprocess.run(command, capture_output=True, text=True)
     if out.returncode:
         raise RuntimeError(f"the memory measurement failed: {out.stderr.strip()[-500:]}")
@@ -27,21 +28,32 @@ def _status(field: str) -> int:
     return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", text).group(1))
 
 
-def _measure(shape: list[int]) -> tuple[int, int]:
+def _problem(op: str, shape: list[int]):
+    """The inputs of an op and its call; a small shape of the same kind."""
+    import recurra
+    from recurra.bench import cases, rnn
+
+    if op == "rnn":
+        call = functools.partial(recurra.rnn, cell="paragru", algorithm="sequential")
+        return functools.partial(rnn.inputs, "paragru"), call, [1, 64, 32]
+    call = functools.partial(recurra.selective_scan, delta_softplus=True)
+    return cases.selective_inputs, call, [1, 32, 64, shape[-1]]
+
+
+def _measure(op: str, shape: list[int]) -> tuple[int, int]:
     import torch
 
-    import recurra
-    from recurra.bench.cases import selective_inputs
+    make, call, small = _problem(op, shape)
 
     def step(leaves):
-        y, _ = recurra.selective_scan(**leaves, delta_softplus=True)
+        y = call(**leaves)[0]
         return y, torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
 
     def leaves(shape):
-        return {k: v.requires_grad_() for k, v in selective_inputs(*shape).items()}
+        return {k: v.requires_grad_() for k, v in make(*shape).items()}
 
     # Threads, libraries and autograd's own memory are there before the clock of memory starts.
-    step(leaves([1, 32, 64, shape[3]]))
+    step(leaves(small))
     inputs = leaves(shape)
     size = sum(v.numel() * v.element_size() for v in inputs.values())
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
@@ -74,7 +86,8 @@ def _measure_model(batch: int, length: int) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "lm":
-        print(_measure_model(*(int(size) for size in sys.argv[2:])))
+    name, sizes = sys.argv[1], [int(size) for size in sys.argv[2:]]
+    if name == "lm":
+        print(_measure_model(*sizes))
     else:
-        print(*_measure([int(size) for size in sys.argv[1:]]))
+        print(*_measure(name, sizes))

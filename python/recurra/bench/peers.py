@@ -19,6 +19,8 @@ NUMBA = "numba prange"
 JAX_LAX = "jax lax.scan"
 MAMBA = "mamba reference in torch"
 TORCH_CONV = "torch grouped conv1d"
+TORCH_LOOP = "torch loop"
+TORCH_COMPILE = "torch.compile of the loop"
 
 
 def _missing(package: str) -> str | None:
@@ -222,3 +224,83 @@ def causal_conv1d(inputs: dict[str, Tensor], backward: bool) -> tuple[Calls, dic
     """torch's own grouped convolution."""
     run = _torch_conv(inputs["x"], inputs["weight"], inputs["bias"], backward)
     return {TORCH_CONV: run}, {}
+
+
+@functools.cache
+def _numba_paragru():
+    """Parallel over batch and blocks of channels; the inner loop, over channels, is vectorised."""
+    import numba
+    import numpy as np
+
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+    @numba.njit(parallel=True, fastmath=True, error_model="numpy")
+    def forward(x, p, y, width):
+        B, T, _, N = x.shape
+        blocks = (N + width - 1) // width
+        one = np.float32(1)
+        for task in numba.prange(B * blocks):
+            n, c0 = task // blocks, task % blocks * width
+            c1 = min(c0 + width, N)
+            h = np.zeros(c1 - c0, np.float32)
+            a_z, a_r, a_n = p[0, c0:c1], p[1, c0:c1], p[2, c0:c1]
+            for t in range(T):
+                x_z, x_r, x_n = x[n, t, 0, c0:c1], x[n, t, 1, c0:c1], x[n, t, 2, c0:c1]
+                out = y[n, t, c0:c1]
+                for c in range(c1 - c0):
+                    z = one / (one + np.exp(-(a_z[c] * h[c] + x_z[c])))
+                    r = one / (one + np.exp(-(a_r[c] * h[c] + x_r[c])))
+                    candidate = np.tanh(a_n[c] * (r * h[c]) + x_n[c])
+                    h[c] = h[c] + z * (candidate - h[c])
+                    out[c] = h[c]
+
+    return np, forward
+
+
+def rnn(
+    inputs: dict[str, Tensor], shape: tuple[int, ...], backward: bool
+) -> tuple[Calls, dict[str, str]]:
+    """ParaGRU as its users write it: a loop over steps in torch, compiled where it is short enough
+    to be unrolled, and loops in numba."""
+    from recurra.reference.cells import paragru
+
+    def loop(x: Tensor, p: Tensor) -> Tensor:
+        h = x.new_zeros(1, x.shape[0], x.shape[3])
+        ys = []
+        for row in x.unbind(1):
+            h = paragru(row.transpose(0, 1), h, p[:, None])
+            ys.append(h[0])
+        return torch.stack(ys, 1)
+
+    x, p = inputs["x"], inputs["params"]
+    calls: Calls = {}
+    absent: dict[str, str] = {}
+
+    def add(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        if not backward:
+            calls[name] = lambda: function(x, p)
+            return
+        leaves = [t.detach().clone().requires_grad_() for t in (x, p)]
+        dy = torch.randn(x.shape[0], x.shape[1], x.shape[3])
+        calls[name] = lambda: torch.autograd.grad(function(*leaves), leaves, dy)
+
+    add(TORCH_LOOP, loop)
+    if shape[1] <= 512:
+        add(TORCH_COMPILE, torch.compile(loop, dynamic=False))
+    else:
+        absent[TORCH_COMPILE] = "at T = 512 and below"
+    if backward:
+        absent[NUMBA] = "forward only"
+    elif reason := _missing("numba"):
+        absent[NUMBA] = reason
+    else:
+        np, forward = _numba_paragru()
+        width = max(16, min(256, shape[2] * shape[0] // (4 * torch.get_num_threads()) // 16 * 16))
+
+        def run():
+            y = np.empty((shape[0], shape[1], shape[2]), np.float32)
+            forward(x.numpy(), p.numpy(), y, width)
+            return y
+
+        calls[NUMBA] = run
+    return calls, absent

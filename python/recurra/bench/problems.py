@@ -162,7 +162,7 @@ class Problem:
 
     def verify(self, backward: bool) -> float:
         lead = next(iter(self.inputs.values()))
-        rows, channels = some(lead.shape[0], 2), some(lead.shape[2], 8)
+        rows, channels = some(lead.shape[0], 2), some(lead.shape[-1], 8)
         exact = self._slice(torch.float64, rows, channels, backward)
         plain = self._slice(torch.float32, rows, channels, backward)
         y64, y32 = self.call(self.reference, exact), self.call(self.reference, plain)
