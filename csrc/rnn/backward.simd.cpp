@@ -9,6 +9,10 @@ namespace {
 using namespace recurrent;
 
 constexpr int64_t kHeldBytes = 384 << 10;
+template <class T>
+constexpr int64_t kHeldWidest = 512 / sizeof(T);  // lanes of a span
+template <class T>
+constexpr int64_t kHeldApart = kHeldWidest<T> + kLanes;
 
 template <class T>
 struct HeldRows {
@@ -17,10 +21,11 @@ struct HeldRows {
 
 // The widest span whose derivatives fit.
 template <class T>
-int64_t widest(const CellRows<T>& cell) {
+int64_t widest(const CellRows<T>& cell, int64_t most) {
   const int64_t fit = static_cast<int64_t>(kHeldBytes / sizeof(T)) / (kRnnChunk * cell.held);
   const int64_t lanes = (fit - kLanes) / kLanes * kLanes;
-  return lanes < kTiled<T> ? lanes : kTiled<T>;
+  most = most < kHeldWidest<T> ? most : kHeldWidest<T>;
+  return lanes < most ? lanes : most;
 }
 
 // The sums of the runs, in order.
@@ -40,26 +45,45 @@ template <class T>
 struct Task {
   const RnnBackward& args;
   const CellRows<T>& cell;
-  int64_t c0, nc, apart;
-  bool stream;
+  const TileShape tile;
+  const int64_t c0, nc, apart;
+  const bool x_in_place, dx_in_place, dy_in_place, stream;
 
   HeldRows<T> held;
   TileRows<T> x_rows[kMostInputs], dx_rows[kMostInputs], dy_rows[kMostStates];
-  T params[kMostParams * kTileApart<T>] __attribute__((aligned(64)));
-  T h[kMostStates * kTileApart<T>] __attribute__((aligned(64)));
-  T mu[kMostStates * kTileApart<T>] __attribute__((aligned(64)));
-  T dparams[kMostParams * kTileApart<T>] __attribute__((aligned(64)));
+  T params[kMostParams * kHeldApart<T>] __attribute__((aligned(64)));
+  T h[kMostStates * kHeldApart<T>] __attribute__((aligned(64)));
+  T mu[kMostStates * kHeldApart<T>] __attribute__((aligned(64)));
+  T dparams[kMostParams * kHeldApart<T>] __attribute__((aligned(64)));
 
   // What the arrays hold is written before it is read.
   Task(const RnnBackward& a, const CellRows<T>& cells, int64_t channel, int64_t channels,
        int64_t width, bool past)
-      : args(a), cell(cells), c0(channel), nc(channels), apart(width + kLanes), stream(past) {}
+      : args(a),
+        cell(cells),
+        tile(tile_shape<T>(a.x, a.dx, a.dy)),
+        c0(channel),
+        nc(channels),
+        apart(width + kLanes),
+        x_in_place(is_rows<T>(a.x)),
+        dx_in_place(is_rows<T>(a.dx)),
+        dy_in_place(is_rows<T>(a.dy)),
+        stream(past) {}
+
+  void load_state(int64_t n, int64_t k) {
+    const int64_t padded = args.padded();
+    const T* const saved = static_cast<const T*>(args.saved) +
+                           args.sequences.chunk_row(n, k, kRnnChunk) * cell.states * padded + c0;
+    for (int s = 0; s < cell.states; ++s)
+      for (int64_t c = 0; c < nc; c += kLanes)
+        Vec<T>::load(saved + s * padded + c).store(h + s * apart + c);
+  }
 
   void chunk(const Sequence& seq, int64_t n, int64_t k, T* sums) {
     const int64_t t0 = k * kRnnChunk, left = seq.length() - t0, padded = args.padded();
     const int64_t steps = left < kRnnChunk ? left : kRnnChunk, width = whole_lanes(nc);
-    const bool x_in_place = is_rows<T>(args.x), dx_in_place = is_rows<T>(args.dx);
-    const bool dy_in_place = is_rows<T>(args.dy), all = args.dy.size[2] > 1;
+    const bool all = args.dy.size[2] > 1;
+    load_state(n, k);
     Block<T> b;
     b.width = width;
     b.apart = apart;
@@ -67,65 +91,71 @@ struct Task {
     b.h = h;
     b.mu = mu;
     b.dparams = dparams;
-    Rows<T> x[kMostInputs], dx[kMostInputs], dy[kMostStates];
-    Plane to[kMostInputs];
     b.past = stream && dx_in_place;
-    for (int g = 0; g < cell.inputs; ++g) {
-      x[g] = read_rows(plane(args.x, seq, g, c0), x_in_place, t0, steps, nc, x_rows[g]);
-      to[g] = plane(args.dx, seq, g, c0).at(t0, 0);
-      dx[g] = dx_in_place ? Rows<T>{reinterpret_cast<T*>(to[g].data), to[g].stride_t}
-                          : Rows<T>{dx_rows[g].x, kTileApart<T>};
-      b.past = b.past && may_stream<T>(to[g]);
-    }
     if (x_in_place && dy_in_place) b.ahead = -kRnnChunk;
-    for (int s = 0; s < cell.states; ++s)
-      if (all || s == cell.output)
-        dy[s] =
-            read_rows(plane(args.dy, seq, all ? s : 0, c0), dy_in_place, t0, steps, nc, dy_rows[s]);
-    b.x_stride = x[0].stride;
-    b.dx_stride = dx[0].stride;
-    const T* const saved = static_cast<const T*>(args.saved) +
-                           args.sequences.chunk_row(n, k, kRnnChunk) * cell.states * padded + c0;
-    for (int s = 0; s < cell.states; ++s)
-      for (int64_t c = 0; c < width; c += kLanes)
-        Vec<T>::load(saved + s * padded + c).store(h + s * apart + c);
-    // Runs between resets, whose states and cotangents do not meet.
+    // Runs of steps of one tile, between resets, across which states and cotangents do not meet.
     int64_t begin[kRnnChunk + 1], runs = 0;
-    for (int64_t t = 0; t < steps; t += run_length(args.reset, seq, t0 + t, steps - t))
+    for (int64_t t = 0; t < steps;) {
       begin[runs++] = t;
+      const int64_t rest = tile.steps - t % tile.steps;
+      t += run_length(args.reset, seq, t0 + t, rest < steps - t ? rest : steps - t);
+    }
     begin[runs] = steps;
-    const auto at = [&](int64_t run) {
-      const int64_t t = begin[run];
+    const auto tile_begin = [&](int64_t t) { return t / tile.steps * tile.steps; };
+    const auto tile_steps = [&](int64_t t) {
+      return steps - tile_begin(t) < tile.steps ? steps - tile_begin(t) : tile.steps;
+    };
+    const auto emptied = [&](int64_t run) { return resets(args.reset, seq, t0 + begin[run]); };
+
+    Rows<T> x[kMostInputs], dx[kMostInputs], dy[kMostStates];
+    for (int64_t run = 0; run < runs; ++run) {
+      const int64_t t = begin[run], first = tile_begin(t);
+      for (int g = 0; g < cell.inputs; ++g) {
+        if (t == first)
+          x[g] = read_rows(plane(args.x, seq, g, c0), x_in_place, t0 + t, tile_steps(t), nc,
+                           x_rows[g], tile.apart());
+        b.x[g] = x[g].data + (t - first) * x[g].stride;
+      }
+      b.x_stride = x[0].stride;
       b.steps = begin[run + 1] - t;
       b.held = held.x + t * cell.held * apart;
-      for (int g = 0; g < cell.inputs; ++g) {
-        b.x[g] = x[g].data + t * x[g].stride;
-        b.dx[g] = dx[g].data + t * dx[g].stride;
-      }
-      for (int s = 0; s < cell.states; ++s) {
-        b.dy[s] = dy[s].data ? dy[s].data + t * dy[s].stride : nullptr;
-        if (dy[s].data) b.dy_stride = dy[s].stride;
-      }
-      return resets(args.reset, seq, t0 + t);
-    };
-    for (int64_t run = 0; run < runs; ++run) {
-      if (at(run)) clear_rows(h, cell.states, apart, width);
+      if (emptied(run)) clear_rows(h, cell.states, apart, width);
       cell.linearise(b);
     }
+
     clear_rows(dparams, cell.params, apart, width);
     for (int64_t run = runs - 1; run >= 0; --run) {
-      const bool emptied = at(run);
+      const int64_t t = begin[run], end = begin[run + 1], first = tile_begin(t);
+      const bool enters = end == steps || end % tile.steps == 0;
+      for (int g = 0; g < cell.inputs; ++g) {
+        const Plane to = plane(args.dx, seq, g, c0).at(t0 + first, 0);
+        dx[g] = dx_in_place ? Rows<T>{reinterpret_cast<T*>(to.data), to.stride_t}
+                            : Rows<T>{dx_rows[g].x, tile.apart()};
+        b.dx[g] = dx[g].data + (t - first) * dx[g].stride;
+        b.past = b.past && may_stream<T>(to);
+      }
+      b.dx_stride = dx[0].stride;
+      for (int s = 0; s < cell.states; ++s) {
+        if (enters && (all || s == cell.output))
+          dy[s] = read_rows(plane(args.dy, seq, all ? s : 0, c0), dy_in_place, t0 + first,
+                            tile_steps(t), nc, dy_rows[s], tile.apart());
+        b.dy[s] = dy[s].data ? dy[s].data + (t - first) * dy[s].stride : nullptr;
+        if (dy[s].data) b.dy_stride = dy[s].stride;
+      }
+      b.steps = end - t;
+      b.held = held.x + t * cell.held * apart;
       cell.reverse(b);
-      if (emptied) clear_rows(mu, cell.states, apart, width);
+      if (emptied(run)) clear_rows(mu, cell.states, apart, width);
+      if (t == first && !dx_in_place)
+        for (int g = 0; g < cell.inputs; ++g)
+          store_tile<T>(plane(args.dx, seq, g, c0).at(t0 + t, 0), tile_steps(t), nc, dx_rows[g].x,
+                        tile.apart(), stream);
     }
     flush_rows(mu, cell.states, apart, width);
     for (int p = 0; p < cell.params; ++p)
       for (int64_t c = 0; c < width; c += kLanes)
         (Vec<T>::load(sums + p * padded + c) + Vec<T>::load(dparams + p * apart + c))
             .store(sums + p * padded + c);
-    if (!dx_in_place)
-      for (int g = 0; g < cell.inputs; ++g)
-        store_tile<T>(to[g], steps, nc, dx_rows[g].x, kTileApart<T>, stream);
   }
 
   void run(int64_t first, int64_t last, T* sums) {
@@ -149,7 +179,8 @@ template <class T>
 void run(const RnnBackward& args) {
   const int64_t channels = args.x.size[3], padded = args.padded();
   const CellRows<T>& cell = cell_rows<T>(args.cell);
-  const Cut shape = cut(channels, widest(cell), args.parts);
+  const Cut shape =
+      cut(channels, widest(cell, tile_shape<T>(args.x, args.dx, args.dy).widest), args.parts);
   const int64_t count = args.dx.size[0] * args.dx.size[1] * args.dx.size[2] * channels;
   const bool stream = count * item_size(args.dx.dtype) >= kStreamFrom;
   parallel_unless(count < 1 << 12, args.parts * shape.spans, [&](int64_t task) {

@@ -15,11 +15,11 @@ struct NewtonShape {
   int64_t chunk, warm_up;
 };
 
-// Enough lanes that neither their latency nor two threads leave anything to do, of stretches that
-// are long beside the runs that find their starts.
-inline NewtonShape newton_shape(int64_t chains, int64_t steps) {
+// Enough lanes of a channel that neither their latency nor two threads leave anything to do, of
+// stretches that are long beside the runs that find their starts.
+inline NewtonShape newton_shape(int64_t channels, int64_t steps) {
   constexpr int64_t lanes = 128, warm_up = 128;
-  const int64_t each = std::max<int64_t>(lanes / std::max<int64_t>(chains, 1), 16);
+  const int64_t each = channels < 16 ? std::max<int64_t>(lanes / channels, 32) : 16;
   const int64_t chunk = std::max<int64_t>((steps + each - 1) / each, 2 * warm_up);
   // An odd number of blocks: at powers of two the lines of all lanes fall on one set of the caches.
   return {((chunk + kRnnChunk - 1) / kRnnChunk | 1) * kRnnChunk, warm_up};

@@ -10,8 +10,7 @@ template <class T>
 void run(const Rnn& args) {
   const int64_t channels = args.x.size[3];
   const CellRows<T>& cell = cell_rows<T>(args.cell);
-  const bool in_place = is_rows<T>(args.x) && is_rows<T>(args.y);
-  const Cut shape = cut(channels, in_place ? kWidest<T> : kTiled<T>, args.sequences.count);
+  const Cut shape = cut(channels, tile_shape<T>(args.x, args.y).widest, args.sequences.count);
   const int64_t count = args.y.size[0] * args.y.size[1] * args.y.size[2] * channels;
   const bool stream = count * item_size(args.y.dtype) >= kStreamFrom;
   parallel_unless(count < 1 << 12, args.sequences.count * shape.spans, [&](int64_t task) {

@@ -9,7 +9,7 @@ namespace {
 
 using namespace recurrent;
 
-constexpr int64_t kLanesOfSpan = 64;
+constexpr int64_t kLanesOfSpan = kColumnTile.widest;
 
 template <class T>
 struct Sweeps {
@@ -47,7 +47,8 @@ struct Sweeps {
       const int64_t left = seq.length() - t0, steps = left < kRnnChunk ? left : kRnnChunk;
       Rows<T> x[kMostInputs];
       for (int g = 0; g < cell.inputs; ++g)
-        x[g] = read_rows(plane(args.x, seq, g, c0), false, t0, steps, nc, x_rows[g]);
+        x[g] = read_rows(plane(args.x, seq, g, c0), false, t0, steps, nc, x_rows[g],
+                         kColumnTile.apart());
       for (int64_t t = 0; t < steps; t += longest) {
         Block<T> b;
         const int64_t run = run_length(args.reset, seq, t0 + t, steps - t);

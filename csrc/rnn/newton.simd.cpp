@@ -12,8 +12,8 @@ namespace {
 
 using namespace recurrent;
 
-constexpr int64_t kLaneGroup = 64;   // lanes of a task for one channel, at most
-constexpr int64_t kTaskLanes = 128;  // lanes of a task, at most
+// Columns that keep a core busy, each waiting for its own step before; and of a task at most.
+constexpr int64_t kBusy = 64, kColumns = 256;
 
 // How a sequence is cut.
 struct Stretches {
@@ -49,48 +49,72 @@ Shots<T> shots(const RnnNewton& args, const CellRows<T>& cell, int64_t n, int64_
 
 enum class Pass { warm_up, newton };
 
-// Channels c0 .. c0 + nc - 1 of sequence n by lanes k0 .. k0 + lw - 1 of each, lane k of channel c
-// in column c * lw + k.
+// How channels and their lanes are cut into tasks, and where lane k of channel c of a task stands.
+// Where there are channels enough for vectors, they are neighbours and rows are read as they lie;
+// where there are few, lanes are neighbours, and one task has all channels, so that all of a row is
+// turned at once.
+struct Columns {
+  int64_t channels, group, lanes;
+
+  explicit Columns(int64_t count) : channels(count) {
+    const bool few = channels < kLanes;
+    group = few || channels < kBusy ? channels : kBusy;
+    const int64_t columns = few ? group : whole_lanes(group);
+    lanes = columns < kBusy ? kBusy / columns : 1;
+    if (few) lanes = whole_lanes(lanes);
+  }
+  bool turned() const { return channels < kLanes; }
+  int64_t groups() const { return (channels + group - 1) / group; }
+  int64_t size(int64_t g) const {
+    return channels - g * group < group ? channels - g * group : group;
+  }
+};
+
+// Channels c0 .. c0 + nc - 1 of sequence n by lanes k0 .. k0 + lw - 1 of each.
 template <class T>
 struct LaneTask {
   const RnnNewton& args;
   const CellRows<T>& cell;
   const Sequence seq;
   const Stretches cut;
-  int64_t n, c0, nc, k0, lw, width;
+  const bool turned;
+  const int64_t n, c0, nc, k0, lw, width;
 
-  T params[kMostParams * kTaskLanes] __attribute__((aligned(64)));
-  T h[kMostStates * kTaskLanes] __attribute__((aligned(64)));
-  T product[kMostStates * kMostStates * kTaskLanes] __attribute__((aligned(64)));
-  T x[kRnnChunk * kMostInputs * kTaskLanes] __attribute__((aligned(64)));
-  T y[kRnnChunk * kMostStates * kTaskLanes] __attribute__((aligned(64)));
+  T params[kMostParams * kColumns] __attribute__((aligned(64)));
+  T h[kMostStates * kColumns] __attribute__((aligned(64)));
+  T product[kMostStates * kMostStates * kColumns] __attribute__((aligned(64)));
+  T x[kRnnChunk * kMostInputs * kColumns] __attribute__((aligned(64)));
+  T y[kRnnChunk * kMostStates * kColumns] __attribute__((aligned(64)));
 
-  LaneTask(const RnnNewton& a, const CellRows<T>& cells, int64_t sequence, int64_t channel,
-           int64_t channels, int64_t lane, int64_t lanes)
+  LaneTask(const RnnNewton& a, const CellRows<T>& cells, const Columns& columns, int64_t sequence,
+           int64_t group, int64_t lane, int64_t lanes)
       : args(a),
         cell(cells),
         seq(a.sequences[sequence]),
         cut(a, sequence),
+        turned(columns.turned()),
         n(sequence),
-        c0(channel),
-        nc(channels),
+        c0(group * columns.group),
+        nc(columns.size(group)),
         k0(lane),
         lw(lanes),
-        width(channels * lanes) {
+        width(turned ? nc * lw : whole_lanes(nc) * lw) {
+    clear_rows(params, cell.params, width, width);
     for (int p = 0; p < cell.params; ++p)
       for (int64_t c = 0; c < nc; ++c) {
         const T value = load_element<T>(args.params.at(p, c0 + c), args.params.dtype);
-        for (int64_t k = 0; k < lw; ++k) params[p * width + c * lw + k] = value;
+        for (int64_t k = 0; k < lw; ++k) params[p * width + column(c, k)] = value;
       }
   }
 
-  // f(row in lanes, row of the task) for the lanes of every channel.
+  int64_t column(int64_t c, int64_t k) const {
+    return turned ? c * lw + k : k * whole_lanes(nc) + c;
+  }
+
+  // f(row in lanes, channel) for every channel.
   template <class F>
   void for_each_channel(const F& f) {
-    for (int64_t c = 0; c < nc; ++c) f(shots(args, cell, n, c0 + c), c * lw);
-  }
-  void copy(const T* from, T* to, int64_t count) {
-    for (int64_t k = 0; k < count; ++k) to[k] = from[k];
+    for (int64_t c = 0; c < nc; ++c) f(shots(args, cell, n, c0 + c), c);
   }
 
   // Lanes whose stretch has a chunk j.
@@ -104,62 +128,92 @@ struct LaneTask {
   void keep_last(Pass pass) {
     const int64_t k = cut.count - 1;
     if (k < k0 || k >= k0 + lw) return;
-    for_each_channel([&](const Shots<T>& to, int64_t column) {
-      const auto take = [&](T& from) {
+    for_each_channel([&](const Shots<T>& to, int64_t c) {
+      const auto take = [&](T* row) {
+        T& from = row[column(c, k - k0)];
         const T last = from;
         from = T(0);
         return last;
       };
-      for (int s = 0; s < cell.states; ++s) to.end(s)[k] = take(h[s * width + column + k - k0]);
+      for (int s = 0; s < cell.states; ++s) to.end(s)[k] = take(h + s * width);
       for (int i = 0; pass == Pass::newton && i < cell.states * cell.states; ++i)
-        to.product(i)[k] = take(product[i * width + column + k - k0]);
+        to.product(i)[k] = take(product + i * width);
     });
   }
   void keep_ends(Pass pass) {
     const int64_t whole = cut.length(cut.count - 1) == cut.blocks ? cut.count : cut.count - 1;
     const int64_t count = whole - k0 < lw ? whole - k0 : lw;
-    for_each_channel([&](const Shots<T>& to, int64_t column) {
-      for (int s = 0; s < cell.states; ++s) copy(h + s * width + column, to.end(s) + k0, count);
+    for_each_channel([&](const Shots<T>& to, int64_t c) {
+      const auto keep = [&](const T* row, T* lane) {
+        for (int64_t k = 0; k < count; ++k) lane[k0 + k] = row[column(c, k)];
+      };
+      for (int s = 0; s < cell.states; ++s) keep(h + s * width, to.end(s));
       for (int i = 0; pass == Pass::newton && i < cell.states * cell.states; ++i)
-        copy(product + i * width + column, to.product(i) + k0, count);
+        keep(product + i * width, to.product(i));
     });
+  }
+
+  // Chunk j of lane k.
+  Plane chunk_of(const View<4>& v, int64_t row, int64_t c, int64_t k, int64_t j) const {
+    return plane(v, seq, row, c0 + c).at(((k0 + k) * cut.blocks + j) * kRnnChunk, 0);
+  }
+  // The same chunk of all lanes, channel and time as neighbours, turned: lanes are columns. False
+  // where rows do not lie so.
+  bool all_lanes(const View<4>& v, int64_t j, Plane& out) const {
+    const bool dense = (nc == 1 || v.step(3) == 1) && (v.size[2] == 1 || v.step(2) == nc) &&
+                       v.step(1) == nc * v.size[2];
+    out = chunk_of(v, 0, 0, 0, j);
+    out.stride_c = cut.blocks * kRnnChunk * v.step(1);
+    out.stride_t = 1;
+    return dense;
   }
 
   // Inputs of chunk j: row t * inputs + g.
   void load(int64_t j, int64_t lanes) {
     const View<4>& v = args.x;
-    const int64_t between = cut.blocks * kRnnChunk * v.step(1), G = cell.inputs;
-    const int64_t first = seq.begin + (k0 * cut.blocks + j) * kRnnChunk;
-    const bool flat = nc == v.size[3] && (nc == 1 || v.step(3) == 1) &&
-                      (G == 1 || v.step(2) == nc) && v.step(1) == nc * G;
-    const auto fill = [&](const Plane& p, int64_t rows, T* to, int64_t apart) {
-      const Tile<T> tile = load_tile<T>(p, rows, lanes, to, apart);
+    const int64_t G = cell.inputs;
+    const auto fill = [&](const Plane& p, int64_t rows, int64_t columns, T* to, int64_t apart) {
+      const Tile<T> tile = load_tile<T>(p, rows, columns, to, apart);
       for (int64_t i = 0; tile.data != to && i < rows; ++i)
-        copy(tile.row(i), to + i * apart, lanes);
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t k = whole_lanes(lanes); k < lw; ++k) to[i * apart + k] = T(0);
+        for (int64_t c = 0; c < columns; c += kLanes)
+          Vec<T>::load(tile.row(i) + c).store(to + i * apart + c);
     };
-    if (flat)
-      return fill({v.at(seq.batch, first, 0, 0), v.dtype, 1, between}, kRnnChunk * G * nc, x, lw);
+    if (!turned) {
+      for (int64_t k = 0; k < lanes; ++k)
+        for (int64_t g = 0; g < G; ++g)
+          fill(chunk_of(v, g, 0, k, j), kRnnChunk, nc, x + g * width + column(0, k), G * width);
+      return;
+    }
+    Plane turns;
+    if (whole_lanes(lanes) < lw) clear_rows(x, kRnnChunk * G * nc, lw, lw);
+    if (all_lanes(v, j, turns)) return fill(turns, kRnnChunk * G * nc, lanes, x, lw);
     for (int64_t g = 0; g < G; ++g)
-      for (int64_t c = 0; c < nc; ++c)
-        fill({v.at(seq.batch, first, g, c0 + c), v.dtype, v.step(1), between}, kRnnChunk,
-             x + g * width + c * lw, G * width);
+      for (int64_t c = 0; c < nc; ++c) {
+        Plane p = chunk_of(v, g, c, 0, j);
+        p.stride_c = cut.blocks * kRnnChunk * v.step(1);
+        fill(p, kRnnChunk, lanes, x + g * width + c * lw, G * width);
+      }
   }
   // Outputs of chunk j: row t * wanted + s.
   void store(int64_t j, int64_t lanes) {
     const View<4>& v = args.y;
-    const int64_t between = cut.blocks * kRnnChunk * v.step(1), S = v.size[2];
-    const int64_t first = seq.begin + (k0 * cut.blocks + j) * kRnnChunk;
-    const bool flat = nc == v.size[3] && (nc == 1 || v.step(3) == 1) &&
-                      (S == 1 || v.step(2) == nc) && v.step(1) == nc * S;
-    if (flat)
-      return store_tile<T>({v.at(seq.batch, first, 0, 0), v.dtype, 1, between}, kRnnChunk * S * nc,
-                           lanes, y, lw, false);
+    const int64_t S = v.size[2];
+    if (!turned) {
+      for (int64_t k = 0; k < lanes; ++k)
+        for (int64_t s = 0; s < S; ++s)
+          store_tile<T>(chunk_of(v, s, 0, k, j), kRnnChunk, nc, y + s * width + column(0, k),
+                        S * width, false);
+      return;
+    }
+    Plane turns;
+    if (all_lanes(v, j, turns))
+      return store_tile<T>(turns, kRnnChunk * S * nc, lanes, y, lw, false);
     for (int64_t s = 0; s < S; ++s)
-      for (int64_t c = 0; c < nc; ++c)
-        store_tile<T>({v.at(seq.batch, first, s, c0 + c), v.dtype, v.step(1), between}, kRnnChunk,
-                      lanes, y + s * width + c * lw, S * width, false);
+      for (int64_t c = 0; c < nc; ++c) {
+        Plane p = chunk_of(v, s, c, 0, j);
+        p.stride_c = cut.blocks * kRnnChunk * v.step(1);
+        store_tile<T>(p, kRnnChunk, lanes, y + s * width + c * lw, S * width, false);
+      }
   }
   void save(int64_t j, int64_t lanes) {
     const int64_t padded = args.padded();
@@ -169,7 +223,7 @@ struct LaneTask {
           args.sequences.chunk_row(n, (k0 + k) * cut.blocks + j, kRnnChunk) * cell.states * padded +
           c0;
       for (int s = 0; s < cell.states; ++s)
-        for (int64_t c = 0; c < nc; ++c) to[s * padded + c] = h[s * width + c * lw + k];
+        for (int64_t c = 0; c < nc; ++c) to[s * padded + c] = h[s * width + column(c, k)];
     }
   }
 
@@ -181,8 +235,9 @@ struct LaneTask {
       any = true;
       if (!apply) return true;
       for (int64_t c = 0; c < nc; ++c) {
-        for (int s = 0; s < cell.states; ++s) h[s * width + c * lw + k] = T(0);
-        for (int i = 0; i < cell.states * cell.states; ++i) product[i * width + c * lw + k] = T(0);
+        for (int s = 0; s < cell.states; ++s) h[s * width + column(c, k)] = T(0);
+        for (int i = 0; i < cell.states * cell.states; ++i)
+          product[i * width + column(c, k)] = T(0);
       }
     }
     return any;
@@ -191,7 +246,7 @@ struct LaneTask {
   void chunk(Pass pass, int64_t j, int64_t lanes) {
     load(j, lanes);
     Block<T> b;
-    b.width = whole_lanes(width);
+    b.width = turned ? width : column(0, lanes);
     b.apart = width;
     b.params = params;
     b.h = h;
@@ -217,7 +272,7 @@ struct LaneTask {
       cell.advance_with_product(b);
     }
     if (pass == Pass::warm_up) return;
-    flush_rows(product, cell.states * cell.states, width, whole_lanes(width));
+    flush_rows(product, cell.states * cell.states, width, width);
     store(j, lanes);
   }
 
@@ -231,8 +286,9 @@ struct LaneTask {
       clear_rows(product, cell.states * cell.states, width, width);
       for (int s = 0; s < cell.states; ++s)
         for (int64_t i = 0; i < width; ++i) product[s * (cell.states + 1) * width + i] = T(1);
-      for_each_channel([&](const Shots<T>& from, int64_t column) {
-        for (int s = 0; s < cell.states; ++s) copy(from.start(s) + k0, h + s * width + column, lw);
+      for_each_channel([&](const Shots<T>& from, int64_t c) {
+        for (int s = 0; s < cell.states; ++s)
+          for (int64_t k = 0; k < lw; ++k) h[s * width + column(c, k)] = from.start(s)[k0 + k];
       });
     }
     for (int64_t j = first; j < cut.blocks; ++j) {
@@ -290,42 +346,35 @@ template <class T>
 struct Solver {
   const RnnNewton& args;
   const CellRows<T>& cell;
-  int64_t channels, group, groups, lane_groups;
+  const int64_t channels;
+  const Columns columns;
+  int64_t lane_groups = 0;
 
-  Solver(const RnnNewton& a, const CellRows<T>& cells) : args(a), cell(cells) {
-    channels = args.x.size[3];
-    int64_t lanes = kLanes;
+  Solver(const RnnNewton& a, const CellRows<T>& cells)
+      : args(a), cell(cells), channels(a.x.size[3]), columns(channels) {
     for (int64_t n = 0; n < args.sequences.count; ++n) {
-      const int64_t of_n = Stretches(args, n).lanes;
-      lanes = of_n > lanes ? of_n : lanes;
+      const int64_t of_n = (Stretches(args, n).count + columns.lanes - 1) / columns.lanes;
+      lane_groups = of_n > lane_groups ? of_n : lane_groups;
     }
-    group = kTaskLanes / kLanes < channels ? kTaskLanes / kLanes : channels;
-    groups = (channels + group - 1) / group;
-    lane_groups = (lanes + width() - 1) / width();
-  }
-  // Lanes of a task for each of its channels.
-  int64_t width() const {
-    const int64_t fit = kTaskLanes / group / kLanes * kLanes;
-    return fit < kLaneGroup ? fit : kLaneGroup;
-  }
-  int64_t size(int64_t g) const {
-    return channels - g * group < group ? channels - g * group : group;
   }
   bool shoots(int64_t n) const { return Stretches(args, n).count > 1; }
   bool done(int64_t n, int64_t g) const {
     bool all = true;
-    for (int64_t c = 0; c < size(g); ++c) all = all && args.done[n * channels + g * group + c];
+    for (int64_t c = 0; c < columns.size(g); ++c)
+      all = all && args.done[n * channels + g * columns.group + c];
     return all;
   }
 
   void pass(Pass kind) {
+    const int64_t groups = columns.groups();
     parallel(args.sequences.count * groups * lane_groups, [&](int64_t task) {
       const int64_t n = task / (groups * lane_groups), g = task / lane_groups % groups,
-                    k0 = task % lane_groups * width();
+                    k0 = task % lane_groups * columns.lanes;
       const Stretches cut(args, n);
       if (k0 >= cut.count || done(n, g)) return;
-      const int64_t lw = cut.lanes - k0 < width() ? cut.lanes - k0 : width();
-      LaneTask<T>(args, cell, n, g * group, size(g), k0, lw).run(kind);
+      const int64_t left = (columns.turned() ? cut.lanes : cut.count) - k0;
+      LaneTask<T>(args, cell, columns, n, g, k0, left < columns.lanes ? left : columns.lanes)
+          .run(kind);
     });
   }
 
@@ -361,21 +410,22 @@ struct Solver {
 
   // The steps behind the last whole chunk, and all of those where nothing else worked.
   void finish() {
+    const int64_t groups = columns.groups();
     parallel(args.sequences.count * groups, [&](int64_t task) {
-      const int64_t n = task / groups, g = task % groups, c0 = g * group;
+      const int64_t n = task / groups, g = task % groups, c0 = g * columns.group;
       bool good = shoots(n);
-      for (int64_t c = 0; c < size(g); ++c)
+      for (int64_t c = 0; c < columns.size(g); ++c)
         good = good && args.report.converged[n * channels + c0 + c];
-      if (!good) return walk_span<T>(args, cell, n, c0, size(g), false);
+      if (!good) return walk_span<T>(args, cell, n, c0, columns.size(g), false);
       Span<T> span;
-      load_params(args.params, c0, size(g), span.params);
+      load_params(args.params, c0, columns.size(g), span.params);
       const Stretches cut(args, n);
       for (int s = 0; s < cell.states; ++s)
-        for (int64_t c = 0; c < whole_lanes(size(g)); ++c)
+        for (int64_t c = 0; c < whole_lanes(columns.size(g)); ++c)
           span.h.row(s)[c] =
-              c < size(g) ? shots(args, cell, n, c0 + c).end(s)[cut.count - 1] : T(0);
-      walk_steps<T>(args, cell, n, cut.chunks * kRnnChunk, c0, size(g), false, span);
-      store_states(args.h_last, n, cell.states, c0, size(g), span.h);
+              c < columns.size(g) ? shots(args, cell, n, c0 + c).end(s)[cut.count - 1] : T(0);
+      walk_steps<T>(args, cell, n, cut.chunks * kRnnChunk, c0, columns.size(g), false, span);
+      store_states(args.h_last, n, cell.states, c0, columns.size(g), span.h);
     });
   }
 };

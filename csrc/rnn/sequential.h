@@ -5,23 +5,36 @@
 
 namespace recurra::RECURRA_ISA::recurrent {
 
-// Lanes of a span: rows of 2 KiB where they lie in memory as they are worked on, otherwise less, so
-// that the tiles of all inputs stay in the second cache.
+// Lanes of a span at most: rows of 2 KiB.
 template <class T>
 constexpr int64_t kWidest = 2048 / sizeof(T);
-template <class T>
-constexpr int64_t kTiled = 512 / sizeof(T);
 // One vector more than a power of two, so that columns do not crowd into a part of the first cache.
 template <class T>
 constexpr int64_t kApart = kWidest<T> + kLanes;
-template <class T>
-constexpr int64_t kTileApart = kTiled<T> + kLanes;
 constexpr int64_t kAhead = 4;             // steps
 constexpr int64_t kStreamFrom = 8 << 20;  // bytes of output that no cache should hold
 
+// Steps and lanes of a tile: whole rows of few steps where channels are contiguous, and few
+// channels of as many steps as fill lines where they are not. A chunk is whole tiles.
+struct TileShape {
+  int64_t steps, widest;
+  int64_t apart() const { return widest + kLanes; }
+};
+template <class T>
+constexpr TileShape kRowTile = {8, kWidest<T>};
+constexpr TileShape kColumnTile = {kRnnChunk, 64};
+
+template <class T, class... V>
+TileShape tile_shape(const V&... views) {
+  if ((... && (!views || is_rows<T>(views)))) return {kRnnChunk, kWidest<T>};
+  return (... && (!views || views.step(3) == 1)) ? kRowTile<T> : kColumnTile;
+}
+
 template <class T>
 struct TileRows {
-  T x[kRnnChunk * kTileApart<T>] __attribute__((aligned(64)));
+  static constexpr int64_t size(const TileShape& s) { return s.steps * (s.widest + kLanes); }
+  static constexpr int64_t row = size(kRowTile<T>), column = size(kColumnTile);
+  T x[row > column ? row : column] __attribute__((aligned(64)));
 };
 template <class T, int count>
 struct WideRows {
@@ -48,17 +61,17 @@ struct Rows {
 };
 template <class T>
 Rows<T> read_rows(const Plane& p, bool in_place, int64_t t0, int64_t steps, int64_t channels,
-                  TileRows<T>& rows) {
+                  TileRows<T>& rows, int64_t apart) {
   if (!p) return {};
   const Plane at = p.at(t0, 0);
   if (in_place) return {reinterpret_cast<T*>(at.data), p.stride_t};
   // A row in memory would have a stride of its own, where all inputs share one.
-  const Tile<T> tile = load_tile<T>(at, steps, channels, rows.x, kTileApart<T>);
+  const Tile<T> tile = load_tile<T>(at, steps, channels, rows.x, apart);
   if (tile.data != rows.x)
     for (int64_t t = 0; t < steps; ++t)
       for (int64_t c = 0; c < channels; c += kLanes)
-        Vec<T>::load(tile.row(t) + c).store(rows.x + t * kTileApart<T> + c);
-  return {rows.x, kTileApart<T>};
+        Vec<T>::load(tile.row(t) + c).store(rows.x + t * apart + c);
+  return {rows.x, apart};
 }
 
 // All of a span but its inputs and outputs.
@@ -118,12 +131,13 @@ void walk_steps(const Rnn& args, const CellRows<T>& cell, int64_t n, int64_t beg
   TileRows<T> x_rows[kMostInputs], y_rows[kMostStates];
   const Outputs<T> out(args, cell, seq, c0, nc, stream);
   const bool in_place = is_rows<T>(args.x) && nc % kLanes == 0;
+  const TileShape tile = tile_shape<T>(args.x, args.y);
   Plane inputs[kMostInputs];
   for (int g = 0; g < cell.inputs; ++g) inputs[g] = plane(args.x, seq, g, c0);
 
-  for (int64_t t0 = begin; t0 < seq.length(); t0 += kRnnChunk) {
-    const int64_t left = seq.length() - t0, steps = left < kRnnChunk ? left : kRnnChunk;
-    if (args.saved) {
+  for (int64_t t0 = begin; t0 < seq.length(); t0 += tile.steps) {
+    const int64_t left = seq.length() - t0, steps = left < tile.steps ? left : tile.steps;
+    if (args.saved && t0 % kRnnChunk == 0) {
       T* const to = static_cast<T*>(args.saved) +
                     args.sequences.chunk_row(n, t0 / kRnnChunk, kRnnChunk) * cell.states * padded +
                     c0;
@@ -133,12 +147,12 @@ void walk_steps(const Rnn& args, const CellRows<T>& cell, int64_t n, int64_t beg
     }
     Rows<T> x[kMostInputs], y[kMostStates];
     for (int g = 0; g < cell.inputs; ++g)
-      x[g] = read_rows(inputs[g], in_place, t0, steps, nc, x_rows[g]);
+      x[g] = read_rows(inputs[g], in_place, t0, steps, nc, x_rows[g], tile.apart());
     for (int s = 0; s < cell.states; ++s)
       if (out.plane[s] && out.in_place)
         y[s] = {reinterpret_cast<T*>(out.plane[s].at(t0, 0).data), out.plane[s].stride_t};
       else if (out.plane[s])
-        y[s] = {y_rows[s].x, kTileApart<T>};
+        y[s] = {y_rows[s].x, tile.apart()};
     for (int64_t t = 0, run; t < steps; t += run) {
       run = run_length(args.reset, seq, t0 + t, steps - t);
       if (resets(args.reset, seq, t0 + t))
@@ -163,7 +177,7 @@ void walk_steps(const Rnn& args, const CellRows<T>& cell, int64_t n, int64_t beg
     if (!out.in_place)
       for (int s = 0; s < cell.states; ++s)
         store_tile<T>(out.plane[s] ? out.plane[s].at(t0, 0) : Plane{}, steps, nc, y_rows[s].x,
-                      kTileApart<T>, stream);
+                      tile.apart(), stream);
   }
 }
 
@@ -171,12 +185,10 @@ template <class T>
 void write_zeros(const Rnn& args, const CellRows<T>& cell, int64_t n, int64_t c0, int64_t nc) {
   const Sequence seq = args.sequences[n];
   const Outputs<T> out(args, cell, seq, c0, nc, false);
-  T zeros[kTiled<T>] = {};
+  T zeros[kWidest<T>] = {};
   for (int64_t t = 0; t < seq.length(); ++t)
     for (const Plane& p : out.plane)
-      for (int64_t c = 0; p && c < nc; c += kTiled<T>)
-        store_tile<T>(p.at(t, c), 1, nc - c < kTiled<T> ? nc - c : kTiled<T>, zeros, kTiled<T>,
-                      false);
+      if (p) store_tile<T>(p.at(t, 0), 1, nc, zeros, kWidest<T>, false);
 }
 
 template <class T>

@@ -122,7 +122,7 @@ void newton(const Rnn& base, const Options& options, const Tensor& x, int64_t st
   static_cast<Rnn&>(args) = base;
   const Sequences& all = args.sequences;
   const int64_t channels = args.x.size[3];
-  const NewtonShape shape = newton_shape(all.count * channels, all.count ? all.time : 0);
+  const NewtonShape shape = newton_shape(channels, all.count ? all.time : 0);
   args.chunk = options.chunk.value_or(shape.chunk);
   args.warm_up = shape.warm_up;
   args.max_passes = options.max_passes.value_or(kMaxPasses);
