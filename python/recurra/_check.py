@@ -204,6 +204,19 @@ def check_layout(op: str, name: str, x: Tensor, parameter: str, p: Tensor, also:
         )
 
 
+def check_offsets(op: str, cu_seqlens: Tensor, time: int) -> list[int]:
+    """The ends of packed sequences, which must ascend from 0 to T."""
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0:
+        fail(op, f"cu_seqlens must start at 0, got {ends[0]}")
+    for i in range(1, len(ends)):
+        if ends[i] < ends[i - 1]:
+            fail(op, f"cu_seqlens must ascend, got {ends[i]} after {ends[i - 1]} at index {i}")
+    if ends[-1] != time:
+        fail(op, f"cu_seqlens must end at T = {time}, got {ends[-1]}")
+    return ends
+
+
 def check_slots(op: str, rows: int, h: Tensor, slots: Tensor | None) -> None:
     """Without slots, row i has state i, so there must be as many; ``h`` is written in place."""
     for dim, (size, stride) in enumerate(zip(h.shape, h.stride(), strict=True)):

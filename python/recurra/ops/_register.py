@@ -26,7 +26,7 @@ def fake(name: str) -> Callable:
     return torch.library.register_fake(f"recurra::{name}", lib=LIBRARY)
 
 
-def _differentiated(name: str, arguments: Iterable) -> bool:
+def differentiated(name: str, arguments: Iterable) -> bool:
     """Whether reverse mode must record this call; forward mode raises instead of losing it."""
     # Without this the tangents would be lost: torch takes a missing one for zero.
     if forward_ad._current_level >= 0 and any(
@@ -88,7 +88,7 @@ def autograd(name: str, setup: Callable, backward: Callable) -> None:
     Function.__name__ = Function.__qualname__ = f"recurra.{name}"
 
     def kernel(keyset, *args, **kwargs):
-        if _differentiated(public, (*args, *kwargs.values())):
+        if differentiated(public, (*args, *kwargs.values())):
             if torch._C._are_functorch_transforms_active():
                 raise RuntimeError(_NO_FUNCTORCH.format(public))
             rest = names[len(args) :]
@@ -109,7 +109,7 @@ def autograd_through(name: str, saving: str, outputs: int) -> None:
     saving_op = getattr(torch.ops.recurra, saving).default
 
     def kernel(keyset, *args, **kwargs):
-        if _differentiated(name, (*args, *kwargs.values())):
+        if differentiated(name, (*args, *kwargs.values())):
             if torch._C._are_functorch_transforms_active():
                 raise RuntimeError(_NO_FUNCTORCH.format(name))
             return saving_op(*args, **kwargs)[:outputs]
@@ -182,7 +182,7 @@ def no_grad(name: str, instead: str, state: str | None = None) -> None:
     public = name.removeprefix("_")
 
     def kernel(keyset, *args, **kwargs):
-        if _differentiated(public, (*args, *kwargs.values())):
+        if differentiated(public, (*args, *kwargs.values())):
             raise RuntimeError(
                 f"recurra: {public} has no gradient; use {instead}, or call it under "
                 "torch.no_grad()"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from recurra._check import check, check_slots, empty_ordered, fail, memory_order, state_dtype
 from recurra.ops import _register
+
+if TYPE_CHECKING:
+    from recurra.cell import Cell
 
 _op = torch.ops.recurra.rnn.default
 _backward_op = torch.ops.recurra._rnn_backward.default
@@ -60,7 +63,7 @@ def rnn(
     params: Tensor,
     h0: Tensor | None = None,
     *,
-    cell: str,
+    cell: str | Cell,
     algorithm: str = "auto",
     chunk: int | None = None,
     max_passes: int | None = None,
@@ -86,7 +89,8 @@ def rnn(
         params: (P, N), the parameters of the cell. The dtype of ``x`` or float32.
         h0: initial states, (B, K, N), or (S, K, N) with ``cu_seqlens``; zero when None. float32
             for 16-bit ``x``, otherwise the dtype of ``x``.
-        cell: name of the cell.
+        cell: name of the cell, or a :class:`recurra.Cell`, for whose differences see
+            docs/python_cells.md.
         algorithm: "sequential", "newton", "newton-global", or "auto", which chooses by shape.
         chunk: steps of a stretch for "newton"; chosen by shape when None.
         max_passes: passes of Newton's method after which it has failed; 16 when None.
@@ -109,11 +113,15 @@ def rnn(
             choice or a number is out of range, ``cu_seqlens`` does not ascend from 0 to T, or
             Newton's method failed with ``on_fail="raise"``.
     """
-    return _op(
+    function = functools.partial(_op, cell=cell)
+    if not isinstance(cell, str):
+        function = getattr(cell, "rnn", None)
+        if function is None:
+            fail("rnn", f"cell must be a name or a recurra.Cell, got {type(cell).__name__}")
+    return function(
         x,
         params,
         h0,
-        cell=cell,
         algorithm=algorithm,
         chunk=chunk,
         max_passes=max_passes,
@@ -148,25 +156,31 @@ def rnn_step(
     return _step_op(h, x, params, cell=cell, slots=slots)
 
 
+def check_sizes(
+    op: str, info: CellInfo, x: Tensor, params: Tensor | None, state_name: str, h: Tensor | None
+) -> None:
+    """Refuses tensors that have not the rows of the cell; those that are None are not looked at."""
+    sizes = [
+        ("x", x, x.dim() - 2, "G", "inputs", info.inputs),
+        ("params", params, 0, "P", "parameters", info.params),
+        (state_name, h, 1, "K", "states", info.states),
+    ]
+    for argument, tensor, dim, letter, what, names in sizes:
+        if tensor is not None and tensor.shape[dim] != len(names):
+            fail(
+                op,
+                f"{argument} must have {letter} = {len(names)} for the {what} of {info.name} "
+                f"({', '.join(names)}), got {tuple(tensor.shape)}",
+            )
+
+
 def _check_cell(
     op: str, name: str, x: Tensor, params: Tensor, state_name: str, h: Tensor | None
 ) -> CellInfo:
     info = cells().get(name)
     if info is None:
         fail(op, f'cell must be one of {", ".join(cells())}, got "{name}"')
-    sizes = [
-        ("x", x, x.dim() - 2, "G", "inputs", info.inputs),
-        ("params", params, 0, "P", "parameters", info.params),
-    ]
-    if h is not None:
-        sizes.append((state_name, h, 1, "K", "states", info.states))
-    for argument, tensor, dim, letter, what, names in sizes:
-        if tensor.shape[dim] != len(names):
-            fail(
-                op,
-                f"{argument} must have {letter} = {len(names)} for the {what} of {name} "
-                f"({', '.join(names)}), got {tuple(tensor.shape)}",
-            )
+    check_sizes(op, info, x, params, state_name, h)
     return info
 
 
@@ -176,14 +190,21 @@ def _one_of(op: str, name: str, got: str, known: tuple[str, ...]) -> None:
         fail(op, f'{name} must be one of {listed}, got "{got}"')
 
 
-def _fake_forward(op, x, params, h0, cell, algorithm, chunk, max_passes, on_fail, all_states, **k):
-    sizes = check(op, x=x, params=params, h0=h0, **k)
-    info = _check_cell(op, cell, x, params, "h0", h0)
+def check_options(
+    op: str, algorithm: str, on_fail: str, chunk: int | None, max_passes: int | None
+) -> None:
+    """Refuses choices that there are not and numbers that are out of range."""
     _one_of(op, "algorithm", algorithm, ("auto", "sequential", "newton", "newton-global"))
     _one_of(op, "on_fail", on_fail, ("sequential", "raise", "warn"))
     for name, number in (("chunk", chunk), ("max_passes", max_passes)):
         if number is not None and number < 1:
             fail(op, f"{name} must be at least 1, got {number}")
+
+
+def _fake_forward(op, x, params, h0, cell, algorithm, chunk, max_passes, on_fail, all_states, **k):
+    sizes = check(op, x=x, params=params, h0=h0, **k)
+    info = _check_cell(op, cell, x, params, "h0", h0)
+    check_options(op, algorithm, on_fail, chunk, max_passes)
     states, order = len(info.states), memory_order(x)
     batch, time, _, channels = x.shape
     if all_states:
