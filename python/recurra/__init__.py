@@ -14,6 +14,7 @@ from recurra.ops import *  # noqa: E402, F403
 from recurra.ops import __all__ as _ops  # noqa: E402
 
 # After the ops, which they are made of.
+from recurra.cell import Cell  # noqa: E402  isort: skip
 from recurra import nn  # noqa: E402  isort: skip
 from recurra.lm import LM  # noqa: E402  isort: skip
 
@@ -21,6 +22,7 @@ from recurra.compat import install, report, uninstall  # noqa: E402  isort: skip
 
 __all__ = [
     "LM",
+    "Cell",
     "__version__",
     "include_path",
     "install",
