@@ -71,9 +71,8 @@ def structure(name: str, rows: Rows, x: Tensor, h: Tensor | None, h_like: Tensor
             called again, or has a wider structure than is declared.
     """
     found = 0
-    with torch.random.fork_rng(devices=[]):
-        for at in _points(rows, x, h, h_like):
-            found = max(found, STRUCTURES.index(_structure_at(name, *at)))
+    for at in _points(rows, x, h, h_like):
+        found = max(found, STRUCTURES.index(_structure_at(name, *at)))
     right = STRUCTURES[found]
     if found > STRUCTURES.index(rows.structure):
         mixed = "the states of a channel" if right == "block" else "channels"
