@@ -226,6 +226,8 @@ class Cell:
             self._tried.add(key)
         if algorithm == "auto":
             algorithm = "newton" if self._prefers_newton(x, sizes["S"]) else "sequential"
+        if reset is not None:
+            reset = reset.clone()  # the backward reads it, whatever was written there since
         window = {"sequential": None, "newton": chunk or CHUNK, "newton-global": max(x.shape[1], 1)}
         call = Call(
             step=self.step,
