@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from recurra.cli import main
-from recurra.lm import ByteTokenizer, LMConfig, pretrained
+from recurra.lm import ByteTokenizer, LMConfig, formats
 from recurra.nn import MambaConfig
 from recurra.train import Trainer, TrainOptions, checkpoint, log, state
 from recurra.train.data import Bytes, Corpus
@@ -55,7 +55,7 @@ def trainer(config: LMConfig = CONFIG, text: bytes = TEXT, **changes) -> Trainer
 def arguments(folder: Path, run: Path, *more: str, options: TrainOptions = OPTIONS) -> list[str]:
     """The command line of a small run; its text and its config.json are written to the folder."""
     (folder / "text.txt").write_bytes(TEXT)
-    values = pretrained.config_to_dict(CONFIG, torch.float32)
+    values = formats.config_to_dict(CONFIG, torch.float32)
     (folder / "config.json").write_text(json.dumps(values))
     argv = ["train", str(run), "--data", str(folder / "text.txt"), "--threads", "1"]
     for name, value in dataclasses.asdict(options).items():

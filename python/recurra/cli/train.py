@@ -31,6 +31,7 @@ _EPILOG = """\
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
+    from recurra.lm import CONFIGS
     from recurra.train.options import PRECISIONS, TrainOptions
     from recurra.train.parallel import KINDS
 
@@ -53,8 +54,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     add(
         "--config",
         metavar="NAME",
-        help="tiny (default), small, mamba-130m, mamba-370m, "
-        "mamba-790m, mamba-1.4b, mamba-2.8b, or a config.json",
+        help=f"{', '.join(CONFIGS)}, or a config.json; default: tiny",
     )
     add(
         "--init",
@@ -279,7 +279,7 @@ def _corpus(args: argparse.Namespace, folder: Path, world, file: Path | None):
 
 def _config(args: argparse.Namespace, source: Path | None, corpus):
     from recurra import _files
-    from recurra.lm import CONFIGS, pretrained
+    from recurra.lm import CONFIGS, formats, pretrained
     from recurra.lm.tokenizer import check_vocabulary
 
     name = args.config or "tiny"
@@ -295,7 +295,7 @@ def _config(args: argparse.Namespace, source: Path | None, corpus):
         ends = () if corpus.end is None else (corpus.end,)
         return dataclasses.replace(config, vocab_size=padded, eos_token_ids=ends)
     elif name.endswith(".json"):
-        config = pretrained.config_from_dict(_files.read_json(Path(name)))
+        config = formats.config_from_dict(_files.read_json(Path(name)))
     else:
         raise ValueError(
             f"unknown configuration {name}; known are {', '.join(CONFIGS)}, or a file config.json"

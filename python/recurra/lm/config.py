@@ -7,7 +7,7 @@ import math
 import os
 
 from recurra._files import shown
-from recurra.nn import MambaConfig
+from recurra.nn import MambaConfig, RNNConfig
 from recurra.nn._config import check_fields
 
 
@@ -32,7 +32,7 @@ class LMConfig:
     vocab_size: int = 256
     d_model: int = 256
     n_layers: int = 4
-    mixer: MambaConfig = MambaConfig()
+    mixer: MambaConfig | RNNConfig = MambaConfig()
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     residual_in_fp32: bool = True
@@ -82,6 +82,10 @@ def _mamba(d_model: int, n_layers: int) -> LMConfig:
     return LMConfig(vocab_size=50280, d_model=d_model, n_layers=n_layers)
 
 
+def _rnn(cell: str) -> LMConfig:
+    return LMConfig(mixer=RNNConfig(cell))
+
+
 CONFIGS: dict[str, LMConfig] = {
     "tiny": LMConfig(),
     "small": LMConfig(d_model=512, n_layers=8),
@@ -90,4 +94,11 @@ CONFIGS: dict[str, LMConfig] = {
     "mamba-790m": _mamba(1536, 48),
     "mamba-1.4b": _mamba(2048, 48),
     "mamba-2.8b": _mamba(2560, 64),
+    "paragru": _rnn("paragru"),
+    "paralstm": _rnn("paralstm"),
+    "elstm": _rnn("elstm"),
+    "indrnn": _rnn("indrnn"),
+    "sru": _rnn("sru"),
+    "lem": _rnn("lem"),
+    "slstm": _rnn("slstm"),
 }

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurra.lm.config import CONFIGS, LMConfig
-from recurra.nn import Mamba, MambaState, RMSNorm
+from recurra.nn import MambaState, RMSNorm, RNNState
 from recurra.ops.linear_step import linear_step
 
-LMState = list[MambaState]
+MixerState = MambaState | RNNState
+LMState = list[MixerState]
 
 
 class Block(nn.Module):
@@ -24,20 +25,20 @@ class Block(nn.Module):
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mixer = Mamba(config.d_model, config.mixer)
+        self.mixer = config.mixer.make(config.d_model)
 
     def _residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
         normed = self.norm(x.to(self.norm.weight.dtype))
         return (x.float() if self.residual_in_fp32 and x.dtype.itemsize == 2 else x), normed
 
     def forward(
-        self, x: Tensor, state: MambaState | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, MambaState]:
+        self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, MixerState]:
         x, normed = self._residual(x)
         y, state = self.mixer(normed, state, cu_seqlens=cu_seqlens)
         return x + y, state
 
-    def step(self, x: Tensor, state: MambaState) -> Tensor:
+    def step(self, x: Tensor, state: MixerState) -> Tensor:
         x, normed = self._residual(x)
         return x + self.mixer.step(normed, state)
 
@@ -168,7 +169,7 @@ class LM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> LM:
-        """Loads a Mamba checkpoint as transformers and :meth:`save_pretrained` write it.
+        """Loads a checkpoint as :meth:`save_pretrained` and, for Mamba, transformers write it.
 
         Args:
             folder: with config.json and model.safetensors, whole or in shards.
@@ -183,7 +184,7 @@ class LM(nn.Module):
         return pretrained.load(Path(folder), dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors, which transformers loads as MambaForCausalLM.
+        """Writes config.json and model.safetensors; transformers loads them where the mixer is Mamba.
 
         Each is written beside its final name and renamed, the configuration last: an interrupted
         call leaves whole files, but over another model perhaps one of each.

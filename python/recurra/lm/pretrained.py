@@ -1,11 +1,10 @@
-"""Mamba checkpoints in the form of transformers: config.json and safetensors."""
+"""Checkpoints: config.json and safetensors, for Mamba in the form of transformers."""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
 import functools
-import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,84 +13,14 @@ import torch
 from torch import Tensor
 
 from recurra import _files
-from recurra._files import CheckpointError, shown
+from recurra._files import CheckpointError
 from recurra.lm.config import LMConfig
+from recurra.lm.formats import config_from_dict, config_to_dict, our_name, stored_name
 from recurra.lm.model import LM
-from recurra.nn import MambaConfig
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
-
-# Our names by those of transformers' MambaConfig, whose defaults a config.json may leave out.
-_FIELDS = {
-    "vocab_size": ("vocab_size", 50280),
-    "hidden_size": ("d_model", 768),
-    "num_hidden_layers": ("n_layers", 32),
-    "layer_norm_epsilon": ("norm_eps", 1e-5),
-    "tie_word_embeddings": ("tie_embeddings", True),
-    "residual_in_fp32": ("residual_in_fp32", True),
-}
-_MIXER_FIELDS = {
-    "state_size": ("d_state", 16),
-    "expand": ("expand", 2),
-    "conv_kernel": ("d_conv", 4),
-    "time_step_rank": ("dt_rank", None),
-    "use_bias": ("bias", False),
-    "use_conv_bias": ("conv_bias", True),
-}
-
-
-def config_from_dict(values: dict[str, Any]) -> LMConfig:
-    """The configuration that a config.json of transformers' Mamba describes.
-
-    Raises:
-        ValueError: it is of another architecture, or a value is out of range.
-    """
-    kind = values.get("model_type")
-    if kind != "mamba":
-        raise ValueError(f"model_type must be mamba, got {shown(kind)}")
-    if values.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act must be silu, got {shown(values['hidden_act'])}")
-
-    def take(table: dict[str, tuple[str, Any]]) -> dict[str, Any]:
-        return {ours: values.get(theirs, default) for theirs, (ours, default) in table.items()}
-
-    mixer = take(_MIXER_FIELDS)
-    if mixer["dt_rank"] == "auto":
-        mixer["dt_rank"] = None
-    rest = take(_FIELDS)
-    ends = _end_tokens(values.get("eos_token_id", 0), rest["vocab_size"])
-    return LMConfig(mixer=MambaConfig(**mixer), eos_token_ids=ends, **rest)
-
-
-def _end_tokens(given: Any, vocab: Any) -> tuple:
-    tokens = given if isinstance(given, list) else [] if given is None else [given]
-    # Generic files name a token that a small vocabulary does not have.
-    return tuple(
-        t for t in tokens if type(t) is not int or type(vocab) is not int or 0 <= t < vocab
-    )
-
-
-def config_to_dict(config: LMConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What transformers calls this configuration."""
-    values = {theirs: getattr(config, ours) for theirs, (ours, _) in _FIELDS.items()}
-    values |= {theirs: getattr(config.mixer, ours) for theirs, (ours, _) in _MIXER_FIELDS.items()}
-    values["time_step_rank"] = config.mixer.dt_rank or "auto"
-    ends = config.eos_token_ids
-    values["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0] if ends else None
-    return {
-        "architectures": ["MambaForCausalLM"],
-        "model_type": "mamba",
-        "dtype": str(dtype).removeprefix("torch."),
-        "hidden_act": "silu",
-        "bos_token_id": None,
-        "pad_token_id": None,
-    } | values
-
-
-def _theirs(name: str) -> str:
-    return name if name.startswith("lm_head.") else f"backbone.{name}"
 
 
 def read_config(folder: Path) -> LMConfig:
@@ -132,12 +61,6 @@ def _weight_files(folder: Path) -> list[Path]:
     raise FileNotFoundError(errno.ENOENT, "no model.safetensors", str(folder))
 
 
-def _our_name(name: str) -> str:
-    # Early files say embedding, and a MambaModel saved without its head has no backbone.
-    name = re.sub(r"^backbone\.", "", name)
-    return re.sub(r"^embedding\.", "embeddings.", name)
-
-
 def check(folder: Path) -> tuple[LMConfig, list[Path]]:
     """The configuration and the files of weights, whose tensors are those that it asks for. A file
     that promises more than it holds costs no memory.
@@ -152,11 +75,11 @@ def check(folder: Path) -> tuple[LMConfig, list[Path]]:
     for path in files:
         with _files.open_tensors(path) as file:
             for name, what in _files.tensor_shapes(file).items():
-                ours = _our_name(name)
+                ours = our_name(name)
                 if ours in found:
                     raise CheckpointError(f"{path}: holds {ours:.100} a second time")
                 found[ours] = what
-    layers = sum(name.endswith(".mixer.A_log") for name in found)
+    layers = sum(name.endswith(".norm.weight") for name in found)
     if layers != config.n_layers:
         raise CheckpointError(
             f"{folder}: config.json says {config.n_layers} layers, the weights have {layers}"
@@ -192,7 +115,7 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> LM:
     for path in files:
         with _files.open_tensors(path) as file:
             for name in file.keys():  # noqa: SIM118  (not a dict)
-                ours = _our_name(name)
+                ours = our_name(name)
                 if config.tie_embeddings and ours == "lm_head.weight":
                     continue
                 # A copy: what is mapped changes when the file does.
@@ -205,10 +128,10 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> LM:
 
 
 def state_to_save(model: LM) -> dict[str, Tensor]:
-    """The parameters under the names of transformers, the tied head left out."""
+    """The parameters under the names of the file, the tied head left out."""
     tied = model.config.tie_embeddings
     return {
-        _theirs(name): p.detach()
+        stored_name(model.config, name): p.detach()
         for name, p in model.state_dict().items()
         if not (tied and name == "lm_head.weight")
     }

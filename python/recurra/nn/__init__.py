@@ -7,5 +7,6 @@ steps give the same results.
 
 from recurra.nn.mamba import Mamba, MambaConfig, MambaState
 from recurra.nn.norm import RMSNorm
+from recurra.nn.rnn import RNN, RNNConfig, RNNState
 
-__all__ = ["Mamba", "MambaConfig", "MambaState", "RMSNorm"]
+__all__ = ["RNN", "Mamba", "MambaConfig", "MambaState", "RMSNorm", "RNNConfig", "RNNState"]

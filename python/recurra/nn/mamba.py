@@ -56,6 +56,10 @@ class MambaConfig:
         biases = (2 * D + d_model) * self.bias + D * self.conv_bias
         return projections + biases + D * (N + W + 2)
 
+    def make(self, d_model: int) -> Mamba:
+        """The mixer."""
+        return Mamba(d_model, self)
+
 
 class MambaState(NamedTuple):
     """What a :class:`Mamba` remembers.

@@ -16,7 +16,6 @@ from recurra import _files
 from recurra._files import CheckpointError
 from recurra.lm import pretrained
 from recurra.lm.tokenizer import FILE as TOKENIZER
-from recurra.nn import MambaState
 from recurra.train import checkpoint, parallel
 from recurra.train.options import TrainOptions
 from recurra.train.trainer import Trainer
@@ -180,28 +179,29 @@ def _restore_carried(trainer: Trainer, file: Any, found: dict[str, Any]) -> None
     rows = trainer.options.batch // count
     model = trainer.model
     carried = {k: v for k, v in found.items() if k.startswith("carried.")}
-    states = count * model.config.n_layers * len(MambaState._fields)
+    initial = model.initial_state(1)
+    states = count * sum(len(s) for s in initial)
     if len(carried) != states:  # before names are made of a number that the file may have invented
         raise CheckpointError(f"{TENSORS}: must have {states} carried states, got {len(carried)}")
     wanted = {
         f"carried.{micro}.{layer}.{field}": (rows, *x.shape[1:])
         for micro in range(count)
-        for layer, s in enumerate(model.initial_state(1))
+        for layer, s in enumerate(initial)
         for field, x in zip(s._fields, s, strict=True)
     }
     _files.compare(Path(TENSORS), wanted, carried)
     mine = world.rows(rows)
     for micro in range(count):
         trainer.carried[micro] = [
-            MambaState(
+            type(s)(
                 *(
                     file.get_tensor(f"carried.{micro}.{layer}.{field}")[mine.start : mine.stop]
                     .clone()
                     .to(world.device)
-                    for field in MambaState._fields
+                    for field in s._fields
                 )
             )
-            for layer in range(model.config.n_layers)
+            for layer, s in enumerate(initial)
         ]
 
 

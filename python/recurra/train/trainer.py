@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurra.lm import LM, LMConfig, LMState
-from recurra.nn import MambaState
 from recurra.train import parallel
 from recurra.train.data import Batches, Corpus
 from recurra.train.options import TrainOptions
@@ -126,7 +125,7 @@ class Trainer:
                 logits, state = self._call(inputs, state)
                 loss = self._loss(logits, targets) / options.accumulate
             if options.carry:
-                self.carried[micro] = [MambaState(*(x.detach() for x in s)) for s in state]
+                self.carried[micro] = [type(s)(*(x.detach() for x in s)) for s in state]
             del logits, state
             loss.backward()
             total += loss.item()
@@ -186,7 +185,7 @@ class Trainer:
 def _optimizer(model: LM, options: TrainOptions) -> torch.optim.Optimizer:
     decayed, rest = [], []
     for name, p in model.named_parameters():
-        matrix = p.dim() == 2 and not name.endswith("A_log")
+        matrix = p.dim() == 2 and not name.endswith(("A_log", "recurrent"))
         (decayed if matrix else rest).append(p)
     return torch.optim.AdamW(
         [

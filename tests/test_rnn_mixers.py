@@ -1,0 +1,171 @@
+"""Models on nonlinear recurrences: whole = in chunks = step by step, training, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import recurra
+from recurra.lm import CONFIGS, LMConfig
+from recurra.nn import RNN, RNNConfig
+
+CELLS = list(recurra.cells())
+NAMED = [name for name, config in CONFIGS.items() if isinstance(config.mixer, RNNConfig)]
+VARIANTS = {cell: RNNConfig(cell, expand=1.5) for cell in CELLS} | {
+    "no convolution": RNNConfig("elstm", d_conv=1),
+    "no gate": RNNConfig("sru", gate=False),
+}
+
+
+def model(mixer: RNNConfig, dtype: torch.dtype = torch.float64, layers: int = 2) -> recurra.LM:
+    torch.manual_seed(1)
+    lm = recurra.LM(LMConfig(vocab_size=31, d_model=12, n_layers=layers, mixer=mixer)).to(dtype)
+    with torch.no_grad():  # large enough weights for every part to matter
+        for name, p in lm.named_parameters():
+            if name.endswith(("in_proj.weight", "cell_proj.weight", "embeddings.weight")):
+                p.mul_(3)
+            if name.endswith("recurrent"):
+                p.add_(0.3 * torch.randn_like(p))
+    return lm
+
+
+def states(state) -> list[torch.Tensor]:
+    return [x for layer in state for x in layer]
+
+
+@pytest.mark.parametrize("mixer", VARIANTS.values(), ids=VARIANTS)
+def test_whole_is_chunked_is_stepped(mixer):
+    lm = model(mixer)
+    tokens = torch.randint(0, 31, (2, 23))
+    whole, last = lm(tokens)
+    state, chunks = None, []
+    for chunk in tokens.split([1, 9, 13], 1):
+        logits, state = lm(chunk, state)
+        chunks.append(logits)
+    torch.testing.assert_close(torch.cat(chunks, 1), whole, rtol=1e-9, atol=1e-10)
+    stepped = lm.initial_state(2)
+    steps = torch.stack([lm.step(token, stepped) for token in tokens.unbind(1)], 1)
+    torch.testing.assert_close(steps, whole, rtol=1e-9, atol=1e-10)
+    for other in (state, stepped):
+        for got, want in zip(states(other), states(last), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("mixer", VARIANTS.values(), ids=VARIANTS)
+def test_packed_sequences_do_not_meet(mixer):
+    lm = model(mixer)
+    tokens = torch.randint(0, 31, (1, 20))
+    packed, last = lm(tokens, cu_seqlens=torch.tensor([0, 7, 20]))
+    apart = [lm(part) for part in tokens.split([7, 13], 1)]
+    torch.testing.assert_close(packed, torch.cat([y for y, _ in apart], 1), rtol=1e-9, atol=1e-10)
+    for n, (_, state) in enumerate(apart):
+        for got, want in zip(states(last), states(state), strict=True):
+            torch.testing.assert_close(got[n : n + 1], want, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("mixer", VARIANTS.values(), ids=VARIANTS)
+def test_gradients_are_those_of_the_reference(mixer):
+    tokens = torch.randint(0, 31, (2, 12), generator=torch.Generator().manual_seed(3))
+
+    def gradients(lm):
+        loss = F.cross_entropy(lm(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten())
+        return torch.autograd.grad(loss, list(lm.parameters()))
+
+    lm, plain = model(mixer), model(mixer)
+    plain.use_ops(recurra.reference)
+    names = [name for name, _ in lm.named_parameters()]
+    for name, got, want in zip(names, gradients(lm), gradients(plain), strict=True):
+        assert got.abs().max() > 0, name
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_configuration_learns(name):
+    config = dataclasses.replace(CONFIGS[name], d_model=32, n_layers=2, vocab_size=16)
+    torch.manual_seed(0)
+    lm = recurra.LM(config)
+    assert config.parameter_count() == sum(p.numel() for p in lm.parameters())
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-2)
+    tokens = (torch.arange(41) * 7 % 16).repeat(4, 1)  # a cycle
+    losses = []
+    for _ in range(60):
+        loss = F.cross_entropy(lm(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > 2.5 and losses[-1] < 0.3
+    (said,) = lm.generate([tokens[0, :20]], max_tokens=12)
+    assert said == tokens[0, 20:32].tolist()
+
+
+def test_sizes_and_counts():
+    assert {"paragru", "paralstm", "elstm", "indrnn", "sru", "lem", "slstm"} == set(NAMED)
+    for mixer in VARIANTS.values():
+        made = mixer.make(10)
+        assert mixer.parameter_count(10) == sum(p.numel() for p in made.parameters())
+        assert all(x.shape[0] == 3 and not x.any() for x in made.initial_state(3))
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    rnn = RNN(256, RNNConfig("paragru"))
+    assert rnn.recurrent.std().item() == pytest.approx(2 / 1280**0.5, rel=0.1)
+    update, *rest = rnn.cell_proj.bias.detach().view(3, -1)
+    assert update[0] == 0 and update[-1] == -1 and not any(b.any() for b in rest)
+    forget = RNN(256, RNNConfig("slstm")).cell_proj.bias.detach().view(4, -1)[1]
+    assert forget.min() == 3 and forget.max() == 6
+    u = RNN(256, RNNConfig("indrnn")).recurrent
+    assert 0 <= u.min() < 0.05 and 0.95 < u.max() <= 1
+    dt = RNN(256, RNNConfig("lem")).recurrent[4]
+    assert (dt == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saves_and_loads_itself(dtype, tmp_path):
+    lm = model(RNNConfig("paralstm", expand=1.5, d_conv=3, gate=False), dtype)
+    lm.save_pretrained(tmp_path)
+    again = recurra.LM.from_pretrained(tmp_path)
+    assert again.config == lm.config
+    tokens = torch.randint(0, 31, (1, 9))
+    assert torch.equal(again(tokens)[0], lm(tokens)[0])
+
+
+def test_what_is_wrong_with_a_configuration_is_named(tmp_path):
+    lm = model(RNNConfig("elstm"))
+    lm.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    whole = json.loads(path.read_text())
+
+    def refused(sentence: str, **changes) -> None:
+        values = whole | {k: v for k, v in changes.items() if k != "mixer"}
+        mixer = changes.get("mixer", {})
+        values["mixer"] = whole["mixer"] | mixer if isinstance(mixer, dict) else mixer
+        path.write_text(json.dumps(values))
+        with pytest.raises(ValueError) as error:
+            recurra.LM.from_pretrained(tmp_path)
+        assert sentence in str(error.value)
+
+    refused("cell must be one of elstm, indrnn", mixer={"cell": "gru"})
+    refused("cell must be str, got 3 (int)", mixer={"cell": 3})
+    refused("the kind of mixer must be rnn, got 'attention'", mixer={"kind": "attention"})
+    refused("the kind of mixer must be rnn, got ['rnn']", mixer={"kind": ["rnn"]})
+    refused("mixer must be an object, got 'rnn'", mixer="rnn")
+    refused("has cell, expand, d_conv, gate, got 'depth'", mixer={"depth": 3})
+    refused("expand must be from 0.001 to 1024.0, got -1", mixer={"expand": -1})
+    refused("d_conv must be from 1 to 1024, got 0", mixer={"d_conv": 0})
+    refused("d_model must be int, got '12' (str)", d_model="12")
+    refused("config.json says 5 layers, the weights have 2", n_layers=5)
+    refused("the weights have 2", n_layers=4096)
+    refused("recurrent", mixer={"cell": "paragru"})
+
+
+def test_bad_sizes_are_refused():
+    with pytest.raises(ValueError, match="RNNConfig: cell must be one of elstm, .*, got gru"):
+        RNNConfig("gru")
+    with pytest.raises(ValueError, match=r"expand \* d_model must be at least 1, got 0"):
+        RNNConfig(expand=0.01).make(10)
