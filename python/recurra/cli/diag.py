@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from recurra.cli import _common
-from recurra.diag import newton
+from recurra.diag import adding, newton
 
-_DIAGNOSTICS = {"newton": newton}
+_DIAGNOSTICS = {"newton": newton, "adding": adding}
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
