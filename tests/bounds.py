@@ -177,7 +177,7 @@ def scan_back(gate: Rounded, source: Rounded, last: Rounded) -> Rounded:
     them gate_1 g_1, the cotangent of the state before the first step."""
 
     def backwards(x: Rounded) -> Rounded:
-        return x.map(lambda v: v.flip(1))
+        return x.map(_flipped)
 
     if source.value.shape[1] == 0:
         return last.map(lambda v: v[:, None])
@@ -226,6 +226,65 @@ def linear_scan(dtype, cotangents, a, b, h0=None, *, log_a=False, reverse=False,
         to_gate = gate[rows][:, steps] * g[:, 1:] if log_a else g[:, 1:]
         _put(da, (rows, steps), to_gate * before)
     return [h, last], {"a": da.sum_to(a.shape), "b": db, "h0": dh0}
+
+
+def _flipped(x: Tensor) -> Tensor:
+    return x.flip(1)
+
+
+def products(matrix: Rounded, source: Rounded, first: Rounded) -> Rounded:
+    """h_t = matrix_t h_{t-1} + source_t along dimension 1, with `first` before the others: T + 1
+    states. The matrices are exact; k products and sums, each rounded once."""
+    k, u = matrix.value.shape[-1], matrix.unit
+    sizes = matrix.value.abs()
+    h, e = first.value, first.error
+    states, errors = [h], [e]
+    for t in range(source.value.shape[1]):
+        carried = (sizes[:, t] @ e[..., None])[..., 0]
+        # No partial sum is larger than the sum of all absolute terms.
+        spread = source.value[:, t].abs() + (sizes[:, t] @ h.abs()[..., None])[..., 0]
+        e = carried + source.error[:, t]
+        e = e + (k + 1) * (u.u * (spread + e) + u.tiny)
+        h = (matrix.value[:, t] @ h[..., None])[..., 0] + source.value[:, t]
+        states.append(h)
+        errors.append(e)
+    return Rounded(u, torch.stack(states, 1), torch.stack(errors, 1))
+
+
+def block_scan(dtype, cotangents, A, b, h0=None, *, reverse=False, cu_seqlens=None):
+    """h_t = A_t h_{t-1} + b_t and its gradients, as csrc/block_scan computes them."""
+    u = unit(dtype)
+    B, T, N, k = b.shape
+    S = B if cu_seqlens is None else len(cu_seqlens) - 1
+    matrix, x = Rounded(u, double(A)).expand(B, T, N, k, k), Rounded(u, double(b))
+    first = _zeros(u, S, N, k) if h0 is None else Rounded(u, double(h0))
+    dh, dh_last = (Rounded(u, double(c)) for c in cotangents)
+    h, db, dA = _zeros(u, B, T, N, k), _zeros(u, B, T, N, k), _zeros(u, B, T, N, k, k)
+    last, dh0 = _zeros(u, S, N, k), _zeros(u, S, N, k)
+    for rows, n, steps in walks(B, T, cu_seqlens, reverse):
+        gate = matrix[rows][:, steps]
+        states = products(gate, x[rows][:, steps], first[n])
+        _put(h, (rows, steps), states[:, 1:])
+        _put(last, n, states[:, -1])
+        if not steps:
+            _put(dh0, n, dh_last[n])
+            continue
+        # Backwards from dh_last: g_T = dh_T + it, g_t = dh_t + A_{t+1}^T g_{t+1}, dh0 = A_1^T g_1.
+        turned = gate.map(lambda v: v.mT)
+        one = gate.exact(torch.eye(k, dtype=torch.float64).expand_as(gate.value[:, :1]))
+        given = dh[rows][:, steps]
+        none = given[:, :1].map(torch.zeros_like)
+        back = products(
+            *(_joined(*parts).map(_flipped) for parts in ((turned, one), (none, given))), dh_last[n]
+        )
+        g = back[:, 1:].map(_flipped)
+        _put(dh0, n, g[:, 0])
+        _put(db, (rows, steps), g[:, 1:])
+        seen = states[:, :-1].stored()  # the backward reads what the forward has written
+        _put(seen, (slice(None), 0), first[n])
+        column, row = g[:, 1:].map(lambda v: v[..., None]), seen.map(lambda v: v[..., None, :])
+        _put(dA, (rows, steps), column * row)
+    return [h, last], {"A": dA.sum_to(A.shape), "b": db, "h0": dh0}
 
 
 def causal_conv1d(

@@ -170,6 +170,74 @@ def _linear_scan_errors() -> tuple[Arguments, list[ErrorInput]]:
     ]
 
 
+# ---- block_scan -------------------------------------------------------------------------------
+
+
+def _block_scan(draw: Draw, B: int, T: int, D: int, dtype: torch.dtype, packed: bool) -> Arguments:
+    cu_seqlens = draw.cu_seqlens(T) if packed else None
+    S = len(cu_seqlens) - 1 if packed else B
+    k = draw.choice(
+        [k for k in (1, 2, 2, 3, 4, 4, 5, 8, 13, 16) if k * k * B * T * D <= 2e5] or [2]
+    )
+    shape = draw.choice(
+        [(B, T, D)] * 3 + [(1, 1, D), (B, 1, D), (B, T, 1), (1, T, D), (1, 1, 1), (1, T, 1)]
+    )
+    # Rows of absolute sum 1 or little more, so that no product of many matrices grows.
+    if draw.choice((False, True)):
+        A = draw.gate(*shape, k, k, steps=T, dtype=dtype) / k
+    else:
+        moved = draw.uniform(0, 1, *shape, k, dtype=torch.float64).argsort(-1)
+        A = torch.eye(k, dtype=dtype)[moved] * draw.gate(*shape, k, 1, steps=T, dtype=dtype)
+    return {
+        "A": A,
+        "b": draw.normal(B, T, D, k, dtype=dtype),
+        "h0": draw.maybe(lambda: draw.normal(S, D, k, dtype=state_dtype(dtype))),
+        "reverse": draw.choice((False, True)),
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def _block_scan_errors() -> tuple[Arguments, list[ErrorInput]]:
+    name = "block_scan"
+    sizes = "B = 2, T = 3, N = 4, k = 2"
+    shape = f"(B or 1, T or 1, N or 1, k, k) with {sizes}"
+    return {"A": zeros(2, 3, 4, 2, 2), "b": zeros(2, 3, 4, 2), "h0": None}, [
+        ErrorInput(
+            {"b": zeros(2, 3, 4)},
+            f"{name}: b must have shape (B, T, N, k=1..16), got (2, 3, 4)",
+        ),
+        ErrorInput(
+            {"b": zeros(2, 3, 4, 17), "A": zeros(2, 3, 4, 17, 17)},
+            f"{name}: b must have shape (B, T, N, k=1..16), got (2, 3, 4, 17)",
+        ),
+        ErrorInput(
+            {"b": zeros(2, 3, 4, 0), "A": zeros(2, 3, 4, 0, 0)},
+            f"{name}: b must have shape (B, T, N, k=1..16), got (2, 3, 4, 0)",
+        ),
+        ErrorInput(
+            {"b": zeros(2, 3, 4, 2, dtype=torch.int64)},
+            f"{name}: b must have dtype float32, float64, bfloat16 or float16, got int64",
+        ),
+        ErrorInput(
+            {"A": zeros(2, 3, 4, 2, 1)}, f"{name}: A must have shape {shape}, got (2, 3, 4, 2, 1)"
+        ),
+        ErrorInput({"A": zeros(4, 2, 2)}, f"{name}: A must have shape {shape}, got (4, 2, 2)"),
+        ErrorInput(
+            {"A": zeros(2, 3, 4, 2, 2, dtype=torch.float64)},
+            f"{name}: A must have dtype float32 where b has float32, got float64",
+        ),
+        ErrorInput(
+            {"h0": zeros(2, 4, 3)},
+            f"{name}: h0 must have shape (S, N, k) with S = 2, N = 4, k = 2, got (2, 4, 3)",
+        ),
+        ErrorInput(
+            {"h0": zeros(2, 4, 2, dtype=torch.float16), "half": torch.float16},
+            f"{name}: h0 must have dtype float32 where b has float16, got float16",
+        ),
+        *packed_errors(name, "b", (2, 3, 4, 2)),
+    ]
+
+
 # ---- causal_conv1d ----------------------------------------------------------------------------
 
 
@@ -409,6 +477,20 @@ OPS = [
         func={"grad": "raises", "jvp": "raises", "vmap": "right"},
         step_inputs=("a", "b"),
         step_options=("log_a",),
+    ),
+    Op(
+        name="block_scan",
+        axes={"A": "BTDKL", "b": "BTDK", "h0": "SDK"},
+        outputs=("BTDK", "SDK"),
+        lead="b",
+        activations=("A", "b"),
+        differentiable=("A", "b", "h0"),
+        make=_block_scan,
+        errors=_block_scan_errors,
+        model=bounds.block_scan,
+        second_order=True,
+        func={"grad": "raises", "jvp": "raises", "vmap": "right"},
+        step_inputs=("A", "b"),
     ),
     Op(
         name="causal_conv1d",

@@ -123,8 +123,8 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
-def packed_errors(op: str, lead: str) -> list[ErrorInput]:
-    """What every op says of cu_seqlens; `lead` is (B, T, D) = (2, 3, 4) and may be cut to B = 1."""
+def packed_errors(op: str, lead: str, shape: tuple[int, ...] = (2, 3, 4)) -> list[ErrorInput]:
+    """What every op says of cu_seqlens; `lead`, of that shape, may be cut to B = 1."""
 
     def one(message: str, offsets: list[int], dtype=torch.int64, of_values=True) -> ErrorInput:
         cu_seqlens = torch.tensor(offsets, dtype=dtype)
@@ -145,7 +145,7 @@ def packed_errors(op: str, lead: str) -> list[ErrorInput]:
         one("cu_seqlens must have shape (S + 1,), got (0,)", [], of_values=False),
         ErrorInput(
             {"cu_seqlens": torch.tensor([0, 3])},
-            f"{op}: {lead} must have batch size B = 1 with cu_seqlens, got (2, 3, 4)",
+            f"{op}: {lead} must have batch size B = 1 with cu_seqlens, got {shape}",
         ),
     ]
 

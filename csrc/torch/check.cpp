@@ -24,6 +24,7 @@ struct Dim {
   int64_t value = 0;
   int64_t minus = 0;
   int64_t minimum = 0;
+  int64_t maximum = INT64_MAX;
   bool or_one = false;
 };
 
@@ -59,6 +60,11 @@ Dim parse_dim(std::string text) {
   }
   if (auto at = text.find(">="); at != std::string::npos) {
     dim.minimum = std::stoll(text.substr(at + 2));
+    text.erase(at);
+  }
+  if (auto at = text.find('='), to = text.find(".."); to != std::string::npos) {
+    dim.minimum = std::stoll(text.substr(at + 1));
+    dim.maximum = std::stoll(text.substr(to + 2));
     text.erase(at);
   }
   if (auto at = text.find('-'); at != std::string::npos) {
@@ -216,7 +222,7 @@ void check_shape(const char* op, const Rule& rule, const Tensor& t, Sizes& sizes
       good = size == bound->second - dim.minus;
     } else {
       auto again = fresh.find(dim.name);
-      good = size + dim.minus >= dim.minimum &&
+      good = size + dim.minus >= dim.minimum && size + dim.minus <= dim.maximum &&
              (again == fresh.end() || again->second == size + dim.minus);
       fresh[dim.name] = size + dim.minus;
     }

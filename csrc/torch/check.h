@@ -13,7 +13,8 @@
 //           a kind followed by * may be complex as well
 //   ?       may be None
 //   shape   names bind to sizes when first met; a|1 also allows 1; W-1 is one less; W>=2 also sets
-//           a minimum; shapes separated by / are alternatives by number of dimensions
+//           a minimum and k=1..16 both ends; shapes separated by / are alternatives by number of
+//           dimensions
 //   S       the number of sequences: B, or one less than the length of cu_seqlens
 #pragma once
 #include <torch/csrc/stable/tensor.h>

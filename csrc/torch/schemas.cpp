@@ -34,6 +34,15 @@ constexpr Op kOps[] = {
     {"linear_scan_step(Tensor(a!) h, Tensor a, Tensor b, *, bool log_a=False, "
      "Tensor? slots=None) -> Tensor",
      "b:act(B,D) a:act(B|1,D|1) h:state(M,D) slots:index?(B)"},
+    {"block_scan(Tensor A, Tensor b, Tensor? h0=None, *, bool reverse=False, "
+     "Tensor? cu_seqlens=None) -> (Tensor, Tensor)",
+     "b:act(B,T,N,k=1..16) A:act(B|1,T|1,N|1,k,k) h0:state?(S,N,k) cu_seqlens:index?"},
+    {"_block_scan_backward(Tensor A, Tensor h, Tensor? h0, Tensor? dh, Tensor? dh_last, *, "
+     "bool reverse=False, Tensor? cu_seqlens=None) -> (Tensor, Tensor, Tensor)",
+     "h:act(B,T,N,k=1..16) A:act(B|1,T|1,N|1,k,k) h0:state?(S,N,k) dh:act?(B,T,N,k) "
+     "dh_last:state?(S,N,k) cu_seqlens:index?"},
+    {"block_scan_step(Tensor(a!) h, Tensor A, Tensor b, *, Tensor? slots=None) -> Tensor",
+     "b:act(B,N,k=1..16) A:act(B|1,N|1,k,k) h:state(M,N,k) slots:index?(B)"},
     {"causal_conv1d(Tensor x, Tensor weight, Tensor? bias=None, Tensor? h0=None, *, "
      "str? activation=None, Tensor? cu_seqlens=None) -> (Tensor, Tensor)",
      "x:act(B,T,D) weight:param(D,W>=2) bias:param?(D) h0:state?(S,W-1,D) cu_seqlens:index?"},

@@ -22,6 +22,7 @@ class _Dim(NamedTuple):
     value: int
     minus: int
     minimum: int
+    maximum: int | None
     or_one: bool
 
 
@@ -46,14 +47,15 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _parse_dim(text: str) -> _Dim:
-    match = re.fullmatch(r"(\w+?)(-\d+)?(>=\d+)?(\|1)?", text)
-    name, minus, minimum, or_one = match.groups()
+    match = re.fullmatch(r"(\w+?)(-\d+)?(>=\d+)?(?:=(\d+)\.\.(\d+))?(\|1)?", text)
+    name, minus, minimum, first, last, or_one = match.groups()
     number = name.isdigit()
     return _Dim(
         "" if number else name,
         int(name) if number else 0,
         int(minus[1:]) if minus else 0,
-        int(minimum[2:]) if minimum else 0,
+        int(minimum[2:]) if minimum else int(first or 0),
+        int(last) if last else None,
         or_one is not None,
     )
 
@@ -143,7 +145,8 @@ def _check_shape(op: str, rule: _Rule, tensor: Tensor, sizes: dict[str, int]) ->
             good = size == sizes[dim.name] - dim.minus
         else:
             full = size + dim.minus
-            good = bool(full >= dim.minimum) and fresh.setdefault(dim.name, full) == full
+            good = bool(full >= dim.minimum) and (dim.maximum is None or bool(full <= dim.maximum))
+            good = good and fresh.setdefault(dim.name, full) == full
     if good:
         sizes.update(fresh)
         return

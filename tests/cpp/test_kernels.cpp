@@ -14,6 +14,7 @@
 #include <memory>
 #include <thread>
 
+#include "block_scan_cases.h"
 #include "case.h"
 #include "causal_conv1d/causal_conv1d.h"
 #include "linear_scan/linear_scan.h"
@@ -439,6 +440,9 @@ constexpr Op kOps[] = {
     {"linear_scan", linear_scan_case, {1, 700, 3072}},
     {"linear_scan_backward", linear_scan_backward_case, {1, 700, 3072}},
     {"linear_scan_step", linear_scan_step_case, {1, 300, 512}},
+    {"block_scan", block_scan_case, {1, 600, 1100}},
+    {"block_scan_backward", block_scan_backward_case, {1, 600, 1100}},
+    {"block_scan_step", block_scan_step_case, {1, 300, 512}},
     {"causal_conv1d", causal_conv1d_case, {2, 1030, 1040}},
     {"causal_conv1d_backward", causal_conv1d_backward_case, {2, 1030, 1040}},
     {"causal_conv1d_step", causal_conv1d_step_case, {1, 300, 512}},

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from recurra._check import check, check_slots, state_dtype
 from recurra.ops import _register
+from recurra.ops._previous import from_previous, previous
 
 _op = torch.ops.recurra.linear_scan.default
 _backward_op = torch.ops.recurra._linear_scan_backward.default
@@ -110,23 +111,6 @@ def _backward(ctx, dh, dh_last):
     return {"a": da, "b": db, "h0": None if h0 is None else dh0}
 
 
-def _previous(h: Tensor, h0: Tensor | None, reverse: bool, cu_seqlens: Tensor | None) -> Tensor:
-    """h_{t-1} for every t: ``h`` moved by one step, ``h0`` where a sequence starts."""
-    rolled = h.roll(-1 if reverse else 1, 1)
-    T = h.shape[1]
-    if cu_seqlens is None:
-        first = T - 1 if reverse else 0
-        at_first = torch.arange(T, device=h.device) == first
-        start = torch.zeros_like(h) if h0 is None else h0.to(h.dtype)[:, None].expand_as(h)
-        return torch.where(at_first[None, :, None], start, rolled)
-    ends = cu_seqlens.long()
-    filled = torch.nonzero(ends.diff() > 0)[:, 0]
-    first = (ends[1:] - 1 if reverse else ends[:-1])[filled]
-    if h0 is None:
-        return rolled.index_fill(1, first, 0.0)
-    return rolled.index_copy(1, first, h0.to(h.dtype)[filled][None])
-
-
 def _setup_backward(ctx, inputs, output):
     ctx.options = {k: inputs[k] for k in ("log_a", "reverse")}
     a, h, h0, cu_seqlens = (inputs[k] for k in ("a", "h", "h0", "cu_seqlens"))
@@ -141,14 +125,14 @@ def _double_backward(ctx, cda, cdb, cdh0):
     log_a, reverse = ctx.options["log_a"], ctx.options["reverse"]
     gate = a.exp() if log_a else a
     full = None if cda is None else (cda * gate if log_a else cda).expand_as(h)
-    h_prev = _previous(h, h0, reverse, cu_seqlens)
+    h_prev = previous(h, h0, reverse, cu_seqlens)
     source = torch.zeros_like(h)
     if cdb is not None:
         source = source + cdb
     if full is not None:
         source = source + full * h_prev
     lam, lam_last = _op(a, source, cdh0, cu_seqlens=cu_seqlens, **ctx.options)
-    lam_prev = _previous(lam, cdh0, reverse, cu_seqlens)
+    lam_prev = previous(lam, cdh0, reverse, cu_seqlens)
     to_a = lam_prev * g
     if log_a:
         to_a = to_a * gate
@@ -159,29 +143,8 @@ def _double_backward(ctx, cda, cdb, cdh0):
     if full is not None:
         # da_t reads h_{t-1}: its cotangent moves one step back, the first step's to h0.
         to_prev = full * g
-        to_h, to_h0 = _from_previous(to_prev, h0, reverse, cu_seqlens)
+        to_h, to_h0 = from_previous(to_prev, h0, reverse, cu_seqlens)
     return {"a": to_a, "h": to_h, "h0": to_h0, "dh": lam, "dh_last": lam_last}
-
-
-def _from_previous(x: Tensor, h0: Tensor | None, reverse: bool, cu_seqlens: Tensor | None):
-    """The transpose of :func:`_previous`."""
-    B, T, D = x.shape
-    S = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if T == 0 or S == 0:
-        return torch.zeros_like(x), None if h0 is None else torch.zeros_like(h0)
-    if cu_seqlens is None:
-        first = T - 1 if reverse else 0
-        at_first = (torch.arange(T, device=x.device) == first)[None, :, None]
-        to_h = torch.where(at_first, torch.zeros_like(x), x).roll(1 if reverse else -1, 1)
-        return to_h, None if h0 is None else x[:, first].to(h0.dtype)
-    ends = cu_seqlens.long()
-    filled = torch.nonzero(ends.diff() > 0)[:, 0]
-    first = (ends[1:] - 1 if reverse else ends[:-1])[filled]
-    to_h = x.index_fill(1, first, 0.0).roll(1 if reverse else -1, 1)
-    if h0 is None:
-        return to_h, None
-    to_h0 = torch.zeros_like(h0).index_copy(0, filled, x[0, first].to(h0.dtype))
-    return to_h, to_h0
 
 
 _register.autograd("linear_scan", _setup, _backward)

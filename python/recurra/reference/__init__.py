@@ -5,6 +5,7 @@ differentiable by torch itself.
 """
 
 from recurra.reference import cells
+from recurra.reference.block_scan import block_scan, block_scan_step
 from recurra.reference.causal_conv1d import causal_conv1d, causal_conv1d_step
 from recurra.reference.linear_scan import linear_scan, linear_scan_step
 from recurra.reference.rnn import rnn, rnn_step
@@ -12,6 +13,8 @@ from recurra.reference.selective_scan import selective_scan, selective_scan_step
 from recurra.reference.softmax_scan import softmax_scan, softmax_scan_step
 
 __all__ = [
+    "block_scan",
+    "block_scan_step",
     "causal_conv1d",
     "causal_conv1d_step",
     "cells",

@@ -1,0 +1,99 @@
+"""What is true of block_scan alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from recurra import block_scan, block_scan_step, linear_scan
+from support import DTYPES, Draw, same_bits
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 8, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_permutations_compose_exactly(dtype, k):
+    """A thousand permutations in a row: a state that no diagonal recurrence could follow."""
+    draw = Draw(k)
+    N, T = 5, 1000
+    moved = torch.stack([torch.randperm(k, generator=draw.generator) for _ in range(T * N)])
+    A = torch.eye(k, dtype=dtype)[moved].view(1, T, N, k, k)
+    h0 = torch.arange(1, k + 1).to(torch.promote_types(dtype, torch.float32)).expand(1, N, k)
+    h, last = block_scan(A, torch.zeros(1, T, N, k, dtype=dtype), h0)
+    want = torch.arange(k).expand(N, k)
+    for t, rows in enumerate(moved.view(T, N, k)):
+        want = want.gather(1, rows)
+        assert torch.equal(h[0, t].long() - 1, want), t
+    assert torch.equal(last[0].long() - 1, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_of_one_number_are_linear_scan(dtype):
+    draw = Draw(1)
+    a, b = draw.uniform(-1, 1, 2, 70, 33, dtype=dtype), draw.normal(2, 70, 33, dtype=dtype)
+    leaves = [x.clone().requires_grad_() for x in (a, b)]
+    others = [x.clone().requires_grad_() for x in (a, b)]
+    h, last = block_scan(leaves[0][..., None, None], leaves[1][..., None])
+    want, want_last = linear_scan(*others)
+    assert same_bits(h[..., 0], want) and same_bits(last[..., 0], want_last)
+    dh = draw.normal(2, 70, 33, dtype=dtype)
+    got = torch.autograd.grad(h, leaves, dh[..., None])
+    for x, y in zip(got, torch.autograd.grad(want, others, dh), strict=True):
+        assert same_bits(x, y)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 7, 8, 13, 16])
+def test_every_size_of_block_and_remainder(k):
+    """Blocks are read in runs: whatever is left over has the bits of blocks that are alone."""
+    draw = Draw(k)
+    for N in (1, 15, 16, 17, 31, 33, 65, 130):
+        A = draw.uniform(-1, 1, 1, 6, N, k, k, dtype=torch.float32) / k
+        b = draw.normal(1, 6, N, k, dtype=torch.float32)
+        dh = draw.normal(1, 6, N, k, dtype=torch.float32)
+
+        def both(*x, dh):
+            x = [v.detach().requires_grad_() for v in x]
+            h, _ = block_scan(*x)
+            return [h, *torch.autograd.grad(h, x, dh)]
+
+        whole = both(A, b, dh=dh)
+        for n in {0, N // 2, N - 1}:
+            alone = both(A[:, :, n : n + 1], b[:, :, n : n + 1], dh=dh[:, :, n : n + 1])
+            for x, y in zip(whole, alone, strict=True):
+                assert same_bits(x[:, :, n : n + 1], y), (k, N, n)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 9), (2, 1, 9), (1, 1, 1), (2, 40, 1), (1, 40, 9)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_shared_matrix_is_the_sum_of_its_copies(shape, turned):
+    draw = Draw(7)
+    A = draw.uniform(-1, 1, *shape, 3, 3, dtype=torch.float64) / 3
+    A = (A.mT.contiguous().mT if turned else A).requires_grad_()
+    b = draw.normal(2, 40, 9, 3, dtype=torch.float64)
+    copies = A.detach().expand(2, 40, 9, 3, 3).contiguous().requires_grad_()
+    h, _ = block_scan(A, b)
+    want, _ = block_scan(copies, b)
+    assert same_bits(h, want)
+    dh = draw.normal(2, 40, 9, 3, dtype=torch.float64)
+    (got,) = torch.autograd.grad(h, A, dh)
+    (full,) = torch.autograd.grad(want, copies, dh)
+    assert got.stride() == A.stride() or A.numel() == 9
+    torch.testing.assert_close(got, full.sum_to_size(A.shape), rtol=1e-13, atol=1e-13)
+
+
+def test_a_shared_matrix_is_not_expanded():
+    """A constant A over a long sequence: what the op allocates is a small multiple of b."""
+    from torch.profiler import ProfilerActivity, profile
+
+    A = torch.eye(16).view(1, 1, 1, 16, 16).clone().requires_grad_()
+    b = torch.zeros(1, 4096, 4, 16, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        h, _ = block_scan(A, b)
+        torch.autograd.grad(h, (A, b), torch.zeros_like(h))
+    allocated = sum(max(0, e.self_cpu_memory_usage) for e in seen.events())
+    assert 2 * b.nbytes < allocated < 6 * b.nbytes
+
+
+def test_the_step_refuses_what_the_op_refuses():
+    for k in (0, 17):
+        with pytest.raises(RuntimeError, match=r"b must have shape \(B, N, k=1\.\.16\), got"):
+            block_scan_step(torch.zeros(2, 3, k), torch.zeros(1, 1, k, k), torch.zeros(2, 3, k))
