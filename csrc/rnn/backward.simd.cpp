@@ -192,7 +192,7 @@ void run(const RnnBackward& args) {
              static_cast<T*>(args.sums) + part * cell.params * padded + c0);
     if (stream) fence();
   });
-  write_parameters<T>(args);
+  if (args.dparams) write_parameters<T>(args);
 }
 
 }  // namespace

@@ -83,7 +83,7 @@ struct RnnBackward : RnnInputs {
   View<3> dh_last;
   const void* saved = nullptr;
   View<4> dx;
-  View<2> dparams;
+  View<2> dparams;  // or none, where the sums of the runs are what is wanted
   View<3> dh0;
   // Sequences are walked in `parts` runs, each with sums of its own.
   int64_t parts = 1;

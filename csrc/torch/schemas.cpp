@@ -93,6 +93,18 @@ constexpr Op kOps[] = {
      RNN_REQUIREMENTS " dy:act?(B,T,N)/(B,T,K,N) dh_last:state?(S,K,N)"},
     {"rnn_step(Tensor(a!) h, Tensor x, Tensor params, *, str cell, Tensor? slots=None) -> Tensor",
      "x:act(B,G,N) params:param(P,N) h:state(M,K,N) slots:index?(B)"},
+    {"_rtrl_update(Tensor(a!) S_weight, Tensor(b!) S_bias, Tensor(c!) S_params, Tensor u, Tensor "
+     "x, "
+     "Tensor params, Tensor? h0=None, *, str cell, Tensor? reset=None) -> ()",
+     "x:act(B,T,G,N) params:param(P,N) u:act(B,T,D) h0:state?(B,K,N) reset:mask?(B,T) "
+     "S_weight:state(B,K,G,N,D) S_bias:state(B,K,G,N) S_params:state(B,K,P,N)"},
+    {"_rtrl_advance(Tensor(a!) S_weight, Tensor(b!) S_bias, Tensor(c!) S_params, Tensor u, "
+     "Tensor decay, Tensor factors, Tensor direct) -> ()",
+     "S_weight:act(B,K,G,N,D) S_bias:act(B,K,G,N) S_params:act(B,K,P,N) u:act(B,T,D) "
+     "decay:act(K,B,K,N) factors:act(K,B,T,G,N) direct:act(K,B,P,N)"},
+    {"_rtrl_gradient(Tensor S_weight, Tensor S_bias, Tensor S_params, Tensor dh0, bool each) -> "
+     "(Tensor, Tensor, Tensor)",
+     "S_weight:act(B,K,G,N,D) S_bias:act(B,K,G,N) S_params:act(B,K,P,N) dh0:act(B,K,N)"},
     {"_linear_step(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
      "x:act(B,K) weight:param(N,K) bias:param?(N)"},
     {"_rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",

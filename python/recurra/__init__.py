@@ -12,10 +12,11 @@ from recurra import reference  # noqa: E402
 from recurra._library import include_path, library_paths  # noqa: E402
 from recurra.ops import *  # noqa: E402, F403
 from recurra.ops import __all__ as _ops  # noqa: E402
+from recurra.ops import rtrl_gradient, rtrl_update  # noqa: E402
 
 # After the ops, which they are made of.
 from recurra.cell import Cell  # noqa: E402  isort: skip
-from recurra import nn  # noqa: E402  isort: skip
+from recurra import nn, rtrl  # noqa: E402  isort: skip
 from recurra.lm import LM  # noqa: E402  isort: skip
 
 from recurra.compat import install, report, uninstall  # noqa: E402  isort: skip
@@ -30,6 +31,9 @@ __all__ = [
     "nn",
     "reference",
     "report",
+    "rtrl",
+    "rtrl_gradient",
+    "rtrl_update",
     "uninstall",
     *_ops,
 ]

@@ -184,7 +184,7 @@ class LM(nn.Module):
         return pretrained.load(Path(folder), dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors; transformers loads them where the mixer is Mamba.
+        """Writes config.json and model.safetensors, which transformers loads if the mixer is Mamba.
 
         Each is written beside its final name and renamed, the configuration last: an interrupted
         call leaves whole files, but over another model perhaps one of each.

@@ -175,9 +175,9 @@ def check_sizes(
 
 
 def _check_cell(
-    op: str, name: str, x: Tensor, params: Tensor, state_name: str, h: Tensor | None
+    op: str, name: str | CellInfo, x: Tensor, params: Tensor, state_name: str, h: Tensor | None
 ) -> CellInfo:
-    info = cells().get(name)
+    info = name if isinstance(name, CellInfo) else cells().get(name)
     if info is None:
         fail(op, f'cell must be one of {", ".join(cells())}, got "{name}"')
     check_sizes(op, info, x, params, state_name, h)

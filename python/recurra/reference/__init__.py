@@ -9,6 +9,7 @@ from recurra.reference.block_scan import block_scan, block_scan_step
 from recurra.reference.causal_conv1d import causal_conv1d, causal_conv1d_step
 from recurra.reference.linear_scan import linear_scan, linear_scan_step
 from recurra.reference.rnn import rnn, rnn_step
+from recurra.reference.rtrl import rtrl_gradient, rtrl_update
 from recurra.reference.selective_scan import selective_scan, selective_scan_step
 from recurra.reference.softmax_scan import softmax_scan, softmax_scan_step
 
@@ -22,6 +23,8 @@ __all__ = [
     "linear_scan_step",
     "rnn",
     "rnn_step",
+    "rtrl_gradient",
+    "rtrl_update",
     "selective_scan",
     "selective_scan_step",
     "softmax_scan",
