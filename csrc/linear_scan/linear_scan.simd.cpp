@@ -11,11 +11,12 @@
 namespace recurra::RECURRA_ISA {
 namespace {
 
-constexpr int64_t kTile = 4096;           // elements of a tile
-constexpr int64_t kWidest = 1024;         // channels of a row
-constexpr int64_t kAhead = 16;            // rows by which parts of rows are prefetched
-constexpr int64_t kColumnsAhead = 32;     // steps by which columns are prefetched
-constexpr int64_t kStreamFrom = 8 << 20;  // bytes of output that no cache is asked to hold
+constexpr int64_t kTile = 4096;            // elements of a tile
+constexpr int64_t kWidest = 1024;          // channels of a row
+constexpr int64_t kAhead = 16;             // rows by which parts of rows are prefetched
+constexpr int64_t kColumnsAhead = 32;      // steps by which columns are prefetched
+constexpr int64_t kStreamFrom = 8 << 20;   // bytes of output that no cache is asked to hold
+constexpr int64_t kSerialBelow = 1 << 12;  // elements that threads would not make faster
 
 template <class T>
 using Buffer = T __attribute__((aligned(64)))[kTile];
@@ -137,7 +138,8 @@ void forward(const LinearScan& args) {
                      args.a.size[2] != channels || channels % kLanes != 0;
   const Cut shape = cut(args.b, args.sequences.count, tiled);
   const bool stream = streams(args.h);
-  parallel(args.sequences.count * shape.blocks, [&](int64_t task) {
+  const bool serial = args.b.size[0] * args.b.size[1] * channels < kSerialBelow;
+  parallel_unless(serial, args.sequences.count * shape.blocks, [&](int64_t task) {
     const int64_t n = task / shape.blocks, c0 = task % shape.blocks * shape.width;
     const int64_t nc = channels - c0 < shape.width ? channels - c0 : shape.width;
     const Sequence s = args.sequences[n];
@@ -222,7 +224,8 @@ void backward(const LinearScanBackward& args) {
   const int64_t owned = shared ? args.sequences.count : 1;
   const int64_t tasks = args.sequences.count / (owned ? owned : 1) * shape.blocks;
   const bool back = !args.reverse;  // the walk is against the scan
-  parallel(tasks, [&](int64_t task) {
+  const bool serial = args.h.size[0] * args.h.size[1] * channels < kSerialBelow;
+  parallel_unless(serial, tasks, [&](int64_t task) {
     const int64_t c0 = task % shape.blocks * shape.width;
     const int64_t nc = channels - c0 < shape.width ? channels - c0 : shape.width;
     Buffer<T> buffer_a, buffer_h, buffer_d, out_a, out_b;

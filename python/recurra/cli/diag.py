@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from recurra.cli import _common
-from recurra.diag import adding, newton
+from recurra.diag import adding, bias, copy, newton
 
-_DIAGNOSTICS = {"newton": newton, "adding": adding}
+_DIAGNOSTICS = {"newton": newton, "copy": copy, "adding": adding, "bias": bias}
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:

@@ -26,6 +26,7 @@ _EPILOG = """\
       recurra train runs/bpe --data corpus/ --tokenizer tokenizer.json --config small
       recurra train runs/long --carry --length 256   state carried from step to step
       recurra train runs/tuned --init mamba-130m-hf --data notes/ --lr 1e-4
+      recurra train runs/stream --online --data book.txt
       torchrun --nproc-per-node 2 -m recurra train runs/both --batch 8
 """
 
@@ -125,8 +126,30 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         help="compute with recurra.reference, in plain torch: far slower, to compare",
     )
 
+    online = parser.add_argument_group(
+        "a stream of bytes, learned while it goes by",
+        "One pass, by exact real-time recurrent learning: every byte is predicted before it is "
+        "learned from. Goes with --resume, --data, --batch (streams side by side), --length (bytes "
+        "between two updates), --lr, --clip, --seed, --save-every, --keep and --threads, with "
+        "defaults of its own.",
+    )
+    online.add_argument("--online", action="store_true", help="do that, in memory that stays flat")
+    online.add_argument("--cell", help="of the layer; default: elstm")
+    online.add_argument("--channels", type=int, metavar="N", help="default: 256")
+    online.add_argument(
+        "--layers", type=int, metavar="N", help="exact for the top one alone; default: 1"
+    )
+
 
 def run(args: argparse.Namespace) -> int:
+    if args.online:
+        from recurra.rtrl import stream
+
+        _common.set_threads(args)
+        return stream.command(args)
+    for name in ("cell", "channels", "layers"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} goes with --online")
     from recurra.train import checkpoint
     from recurra.train.parallel import Shared, World
 
