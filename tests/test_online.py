@@ -3,7 +3,6 @@ to the bit; and the commands that use it."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
@@ -13,9 +12,8 @@ from torch import nn
 
 import recurra
 from recurra._files import CheckpointError
-from recurra.cli import main
 from recurra.rtrl import Layer, OnlineLearner
-from support import ROOT, same_bits
+from support import same_bits
 
 KINDS = tuple(recurra.rtrl.recurrences())
 

@@ -21,6 +21,7 @@
 #include "linear_step/linear_step.h"
 #include "parallel.h"
 #include "rms_norm/rms_norm.h"
+#include "rnn_cases.h"
 #include "selective_scan/selective_scan.h"
 #include "softmax_scan_cases.h"
 
@@ -452,6 +453,11 @@ constexpr Op kOps[] = {
     {"softmax_scan", softmax_scan_case, {1, 1050, 2080}},
     {"softmax_scan_backward", softmax_scan_backward_case, {1, 1050, 2080}},
     {"softmax_scan_step", softmax_scan_step_case, {1, 300, 512}},
+    {"rnn", rnn_case, {1, 1050, 2080}},
+    {"rnn_step", rnn_step_case, {1, 300, 512}},
+    {"rnn_newton", rnn_newton_case, {1, 300, 30}},
+    {"rnn_global_newton", rnn_global_newton_case, {1, 300, 100}},
+    {"rnn_backward", rnn_backward_case, {1, 1050, 1040}},
     {"linear_step", linear_step_case, {1, 700, 1040}},
     {"rms_norm", rms_norm_case, {3, 700, 300}},
     {"rms_norm_backward", rms_norm_backward_case, {3, 700, 300}},

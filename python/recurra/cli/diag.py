@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 
 from recurra.cli import _common
 from recurra.diag import adding, bias, copy, newton
 
+_EPILOG = """\
+    examples
+      recurra diag newton --cell paragru      when Newton's method converges
+      recurra diag copy --algo rtrl           memory learned online, and what truncation costs
+      recurra diag adding --cell lem
+      recurra diag NAME --help
+"""
 _DIAGNOSTICS = {"newton": newton, "copy": copy, "adding": adding, "bias": bias}
 
 
@@ -15,6 +23,8 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "diag",
         help="small experiments with a picture: convergence, memory tasks",
         description="Runs a small experiment and draws it.",
+        epilog=textwrap.dedent(_EPILOG),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = parser.add_subparsers(dest="diagnostic", required=True, metavar="NAME")
     for name, module in _DIAGNOSTICS.items():
