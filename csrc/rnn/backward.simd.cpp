@@ -46,7 +46,7 @@ struct Task {
   const RnnBackward& args;
   const CellRows<T>& cell;
   const TileShape tile;
-  const int64_t c0, nc, apart;
+  const int64_t apart;
   const bool x_in_place, dx_in_place, dy_in_place, stream;
 
   HeldRows<T> held;
@@ -57,33 +57,26 @@ struct Task {
   T dparams[kMostParams * kHeldApart<T>] __attribute__((aligned(64)));
 
   // What the arrays hold is written before it is read.
-  Task(const RnnBackward& a, const CellRows<T>& cells, int64_t channel, int64_t channels,
-       int64_t width, bool past)
+  Task(const RnnBackward& a, const CellRows<T>& cells, int64_t width, bool past)
       : args(a),
         cell(cells),
         tile(tile_shape<T>(a.x, a.dx, a.dy)),
-        c0(channel),
-        nc(channels),
         apart(width + kLanes),
         x_in_place(is_rows<T>(a.x)),
         dx_in_place(is_rows<T>(a.dx)),
         dy_in_place(is_rows<T>(a.dy)),
         stream(past) {}
 
-  void load_state(int64_t n, int64_t k) {
-    const int64_t padded = args.padded();
-    const T* const saved = static_cast<const T*>(args.saved) +
-                           args.sequences.chunk_row(n, k, kRnnChunk) * cell.states * padded + c0;
-    for (int s = 0; s < cell.states; ++s)
-      for (int64_t c = 0; c < nc; c += kLanes)
-        Vec<T>::load(saved + s * padded + c).store(h + s * apart + c);
-  }
-
-  void chunk(const Sequence& seq, int64_t n, int64_t k, T* sums) {
+  void chunk(const Part& part, int64_t k, T* sums) {
+    const Sequence seq = args.sequences[part.n];
     const int64_t t0 = k * kRnnChunk, left = seq.length() - t0, padded = args.padded();
-    const int64_t steps = left < kRnnChunk ? left : kRnnChunk, width = whole_lanes(nc);
+    const int64_t steps = left < kRnnChunk ? left : kRnnChunk;
+    const int64_t width = whole_lanes(part.columns());
     const bool all = args.dy.size[2] > 1;
-    load_state(n, k);
+    for_each_saved<T>(args, const_cast<void*>(args.saved), part, k, cell.states,
+                      [&](const T* from, int64_t s, int64_t column, int) {
+                        Vec<T>::load(from).store(h + s * apart + column);
+                      });
     Block<T> b;
     b.width = width;
     b.apart = apart;
@@ -112,7 +105,7 @@ struct Task {
       const int64_t t = begin[run], first = tile_begin(t);
       for (int g = 0; g < cell.inputs; ++g) {
         if (t == first)
-          x[g] = read_rows(plane(args.x, seq, g, c0), x_in_place, t0 + t, tile_steps(t), nc,
+          x[g] = read_rows(args.x, args.sequences, part, g, x_in_place, t0 + t, tile_steps(t),
                            x_rows[g], tile.apart());
         b.x[g] = x[g].data + (t - first) * x[g].stride;
       }
@@ -128,7 +121,7 @@ struct Task {
       const int64_t t = begin[run], end = begin[run + 1], first = tile_begin(t);
       const bool enters = end == steps || end % tile.steps == 0;
       for (int g = 0; g < cell.inputs; ++g) {
-        const Plane to = plane(args.dx, seq, g, c0).at(t0 + first, 0);
+        const Plane to = plane(args.dx, seq, g, part.c0).at(t0 + first, 0);
         dx[g] = dx_in_place ? Rows<T>{reinterpret_cast<T*>(to.data), to.stride_t}
                             : Rows<T>{dx_rows[g].x, tile.apart()};
         b.dx[g] = dx[g].data + (t - first) * dx[g].stride;
@@ -137,8 +130,8 @@ struct Task {
       b.dx_stride = dx[0].stride;
       for (int s = 0; s < cell.states; ++s) {
         if (enters && (all || s == cell.output))
-          dy[s] = read_rows(plane(args.dy, seq, all ? s : 0, c0), dy_in_place, t0 + first,
-                            tile_steps(t), nc, dy_rows[s], tile.apart());
+          dy[s] = read_rows(args.dy, args.sequences, part, all ? s : 0, dy_in_place, t0 + first,
+                            tile_steps(t), dy_rows[s], tile.apart());
         b.dy[s] = dy[s].data ? dy[s].data + (t - first) * dy[s].stride : nullptr;
         if (dy[s].data) b.dy_stride = dy[s].stride;
       }
@@ -148,30 +141,26 @@ struct Task {
       if (emptied(run)) clear_rows(mu, cell.states, apart, width);
       if (t == first && !dx_in_place)
         for (int g = 0; g < cell.inputs; ++g)
-          store_tile<T>(plane(args.dx, seq, g, c0).at(t0 + t, 0), tile_steps(t), nc, dx_rows[g].x,
-                        tile.apart(), stream);
+          write_rows(args.dx, args.sequences, part, g, t0 + t, tile_steps(t), dx_rows[g],
+                     tile.apart(), stream);
     }
     flush_rows(mu, cell.states, apart, width);
-    for (int p = 0; p < cell.params; ++p)
-      for (int64_t c = 0; c < width; c += kLanes)
-        (Vec<T>::load(sums + p * padded + c) + Vec<T>::load(dparams + p * apart + c))
-            .store(sums + p * padded + c);
+    for (int p = 0; p < cell.params; ++p) {
+      T *const to = sums + p * padded, *const from = dparams + p * apart;
+      if (part.count == 1)
+        for (int64_t c = 0; c < width; c += kLanes)
+          (Vec<T>::load(to + c) + Vec<T>::load(from + c)).store(to + c);
+      else
+        for (int64_t i = 0; i < part.columns(); ++i) to[i % part.nc] += from[i];
+    }
   }
 
-  void run(int64_t first, int64_t last, T* sums) {
-    const auto row = [&](T* rows, int64_t i) { return rows + i * apart; };
-    for (int p = 0; p < cell.params; ++p)
-      load_row(Plane{args.params.at(p, c0), args.params.dtype, 0, args.params.step(1)}, nc,
-               row(params, p), apart);
-    for (int64_t n = first; n < last; ++n) {
-      const Sequence seq = args.sequences[n];
-      for (int s = 0; s < cell.states; ++s)
-        load_row(state_plane(args.dh_last, n, s, c0), nc, row(mu, s), apart);
-      for (int64_t k = (seq.length() + kRnnChunk - 1) / kRnnChunk - 1; k >= 0; --k)
-        chunk(seq, n, k, sums);
-      for (int s = 0; s < cell.states; ++s)
-        store_tile<T>(state_plane(args.dh0, n, s, c0), 1, nc, row(mu, s), apart, false);
-    }
+  void run(const Part& part, T* sums) {
+    const int64_t chunks = (args.sequences[part.n].length() + kRnnChunk - 1) / kRnnChunk;
+    load_params(args.params, part, params, apart);
+    load_states(args.dh_last, part, part.n, cell.states, mu, apart);
+    for (int64_t k = chunks - 1; k >= 0; --k) chunk(part, k, sums);
+    store_states(args.dh0, part, part.n, cell.states, mu, apart);
   }
 };
 
@@ -179,17 +168,20 @@ template <class T>
 void run(const RnnBackward& args) {
   const int64_t channels = args.x.size[3], padded = args.padded();
   const CellRows<T>& cell = cell_rows<T>(args.cell);
-  const Cut shape =
-      cut(channels, widest(cell, tile_shape<T>(args.x, args.dx, args.dy).widest), args.parts);
+  const TileShape tile = tile_shape<T>(args.x, args.dx, args.dy);
+  const int64_t lanes = widest(cell, tile.widest), several = together(args);
+  const int64_t most = several * channels > lanes ? lanes / channels : several;
+  const Cut shape = several > 1 ? Cut{lanes, 1} : cut(channels, lanes, args.parts);
   const int64_t count = args.dx.size[0] * args.dx.size[1] * args.dx.size[2] * channels;
   const bool stream = count * item_size(args.dx.dtype) >= kStreamFrom;
   parallel_unless(count < 1 << 12, args.parts * shape.spans, [&](int64_t task) {
-    const int64_t part = task / shape.spans, c0 = task % shape.spans * shape.width;
+    const int64_t run = task / shape.spans, c0 = task % shape.spans * shape.width;
     const int64_t nc = channels - c0 < shape.width ? channels - c0 : shape.width;
-    Task<T> work(args, cell, c0, nc, shape.width, stream);
-    work.run(part * args.sequences.count / args.parts,
-             (part + 1) * args.sequences.count / args.parts,
-             static_cast<T*>(args.sums) + part * cell.params * padded + c0);
+    T* const sums = static_cast<T*>(args.sums) + run * cell.params * padded + c0;
+    Task<T> work(args, cell, shape.width, stream);
+    const int64_t last = (run + 1) * args.sequences.count / args.parts;
+    for (int64_t n = run * args.sequences.count / args.parts; n < last; n += most)
+      work.run({n, last - n < most ? last - n : most, c0, nc}, sums);
     if (stream) fence();
   });
   if (args.dparams) write_parameters<T>(args);

@@ -11,6 +11,13 @@ namespace recurra {
 
 constexpr int64_t kMaxPasses = 16;
 
+// Runs of sequences that the backward sums by themselves: few where several narrow ones fill a
+// vector.
+inline int64_t rnn_parts(int64_t count, int64_t channels) {
+  const int64_t together = channels > 0 && channels < 16 ? 64 / channels : 1;
+  return std::clamp<int64_t>((count + together - 1) / together, 1, 8);
+}
+
 struct NewtonShape {
   int64_t chunk, warm_up;
 };
@@ -25,11 +32,13 @@ inline NewtonShape newton_shape(int64_t channels, int64_t steps) {
   return {((chunk + kRnnChunk - 1) / kRnnChunk | 1) * kRnnChunk, warm_up};
 }
 
-// chains: sequences by channels; steps: the length of one.
+// chains: sequences by channels; steps: the length of one. Sequentially a step waits for the one
+// before, which sixteen chains do not notice; Newton's method carries a matrix of states by states
+// along, and its stretches must be longer than the runs that find their starts.
 inline bool prefers_newton(int64_t chains, int64_t steps, DType dtype, int64_t states) {
-  (void)dtype;
-  (void)states;
-  return chains <= 16 && steps >= 4096;
+  const int64_t weight = states * states * (dtype == DType::f64 ? 2 : 1);
+  const bool few = chains <= 16 && chains * weight <= 128;
+  return few && steps >= std::max<int64_t>(1024, 256 * weight * chains);
 }
 
 }  // namespace recurra

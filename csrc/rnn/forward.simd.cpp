@@ -1,4 +1,4 @@
-// Sequentially: a task is one sequence by one span of channels.
+// Sequentially: a task is one sequence, or several narrow ones, by one span of channels.
 #include "rnn/sequential.h"
 
 namespace recurra::RECURRA_ISA {
@@ -10,12 +10,17 @@ template <class T>
 void run(const Rnn& args) {
   const int64_t channels = args.x.size[3];
   const CellRows<T>& cell = cell_rows<T>(args.cell);
-  const Cut shape = cut(channels, tile_shape<T>(args.x, args.y).widest, args.sequences.count);
-  const int64_t count = args.y.size[0] * args.y.size[1] * args.y.size[2] * channels;
-  const bool stream = count * item_size(args.y.dtype) >= kStreamFrom;
-  parallel_unless(count < 1 << 12, args.sequences.count * shape.spans, [&](int64_t task) {
-    const int64_t n = task / shape.spans, c0 = task % shape.spans * shape.width;
-    walk_span(args, cell, n, c0, channels - c0 < shape.width ? channels - c0 : shape.width, stream);
+  const int64_t count = args.sequences.count, most = args.slots ? 1 : together(args);
+  const int64_t groups = (count + most - 1) / most;
+  const Cut shape = cut(channels, tile_shape<T>(args.x, args.y).widest, groups);
+  const int64_t outputs = args.y.size[0] * args.y.size[1] * args.y.size[2] * channels;
+  const bool stream = outputs * item_size(args.y.dtype) >= kStreamFrom;
+  parallel_unless(outputs < 1 << 12, groups * shape.spans, [&](int64_t task) {
+    const int64_t n = task / shape.spans * most, c0 = task % shape.spans * shape.width;
+    const int64_t left = channels - c0;
+    walk_span(args, cell,
+              {n, count - n < most ? count - n : most, c0, left < shape.width ? left : shape.width},
+              stream);
     if (stream) fence();
   });
 }

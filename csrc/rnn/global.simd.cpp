@@ -26,10 +26,11 @@ struct Sweeps {
   Sweeps(const RnnGlobalNewton& a, const CellRows<T>& cells, int64_t sequence, int64_t channel,
          int64_t channels)
       : args(a), cell(cells), n(sequence), c0(channel), nc(channels), seq(a.sequences[sequence]) {
-    load_params(args.params, c0, nc, params);
-    load_states(args.h0, n, cell.states, c0, nc, h0);
+    load_params(args.params, part(), params.x, kApart<T>);
+    load_states(args.h0, part(), n, cell.states, h0.x, kApart<T>);
   }
 
+  Part part() const { return {n, 1, c0, nc}; }
   T* states(int64_t t, int64_t s) const {
     const int64_t row = seq.batch * args.x.size[1] + seq.begin + t;
     return static_cast<T*>(args.workspace) + (row * cell.states + s) * args.padded() + c0;
@@ -47,7 +48,7 @@ struct Sweeps {
       const int64_t left = seq.length() - t0, steps = left < kRnnChunk ? left : kRnnChunk;
       Rows<T> x[kMostInputs];
       for (int g = 0; g < cell.inputs; ++g)
-        x[g] = read_rows(plane(args.x, seq, g, c0), false, t0, steps, nc, x_rows[g],
+        x[g] = read_rows(args.x, args.sequences, part(), g, false, t0, steps, x_rows[g],
                          kColumnTile.apart());
       for (int64_t t = 0; t < steps; t += longest) {
         Block<T> b;
@@ -117,19 +118,20 @@ struct Sweeps {
     }
     for (int64_t c = 0; c < nc; ++c)
       converged = converged && args.report.converged[n * args.x.size[3] + c0 + c];
-    if (!converged) return walk_span<T>(args, cell, n, c0, nc, false);
+    if (!converged) return walk_span<T>(args, cell, part(), false);
     write();
   }
 
   void write() {
-    const Outputs<T> out(args, cell, seq, c0, nc, false);
+    const Outputs<T> out(args, cell, part(), false);
     const int64_t length = seq.length(), padded = args.padded();
     for (int s = 0; s < cell.states && length > 0; ++s)
-      if (out.plane[s])
-        store_tile<T>(out.plane[s], length, nc, states(0, s), cell.states * padded, false);
+      if (out.wanted[s])
+        store_tile<T>(out.plane(args, s, part()), length, nc, states(0, s), cell.states * padded,
+                      false);
     T* last = length > 0 ? states(length - 1, 0) : h0.x;
     copy(last, length > 0 ? padded : kApart<T>, h.x, kApart<T>);
-    store_states(args.h_last, n, cell.states, c0, nc, h);
+    store_states(args.h_last, part(), n, cell.states, h.x, kApart<T>);
     for (int64_t t = 0; args.saved && t < length; t += kRnnChunk) {
       T* const to = static_cast<T*>(args.saved) +
                     args.sequences.chunk_row(n, t / kRnnChunk, kRnnChunk) * cell.states * padded +

@@ -413,19 +413,20 @@ struct Solver {
     const int64_t groups = columns.groups();
     parallel(args.sequences.count * groups, [&](int64_t task) {
       const int64_t n = task / groups, g = task % groups, c0 = g * columns.group;
+      const Part part = {n, 1, c0, columns.size(g)};
       bool good = shoots(n);
       for (int64_t c = 0; c < columns.size(g); ++c)
         good = good && args.report.converged[n * channels + c0 + c];
-      if (!good) return walk_span<T>(args, cell, n, c0, columns.size(g), false);
+      if (!good) return walk_span<T>(args, cell, part, false);
       Span<T> span;
-      load_params(args.params, c0, columns.size(g), span.params);
+      load_params(args.params, part, span.params.x, kApart<T>);
       const Stretches cut(args, n);
       for (int s = 0; s < cell.states; ++s)
         for (int64_t c = 0; c < whole_lanes(columns.size(g)); ++c)
           span.h.row(s)[c] =
               c < columns.size(g) ? shots(args, cell, n, c0 + c).end(s)[cut.count - 1] : T(0);
-      walk_steps<T>(args, cell, n, cut.chunks * kRnnChunk, c0, columns.size(g), false, span);
-      store_states(args.h_last, n, cell.states, c0, columns.size(g), span.h);
+      walk_steps<T>(args, cell, part, cut.chunks * kRnnChunk, false, span);
+      store_states(args.h_last, part, n, cell.states, span.h.x, kApart<T>);
     });
   }
 };
