@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import recurra
-from recurra.bench import default, peers, rnn
+from recurra.bench import default, peers, rnn, rtrl
 from recurra.bench.floors import Floor
 from recurra.bench.memory import peak_memory
 from recurra.bench.problems import (
@@ -398,6 +398,17 @@ def table() -> list[Case]:
         Case(op, (), FORWARD, functools.partial(_default, op))
         for op in default.public_ops()
         if not any(case.op == op for case in cases)
+    ]
+    cases += [
+        Case(
+            "rtrl_update",
+            shape,
+            "chunk",
+            functools.partial(rtrl.build, shape),
+            rtrl.TARGETS,
+            rtrl.AXES,
+        )
+        for shape in rtrl.SHAPES
     ]
     from recurra.bench import dropin, models  # which are made of the cases above
 

@@ -89,6 +89,7 @@ class Case:
     kind: str
     build: Callable[[bool], Built | list[Measured]]
     targets: tuple[Target, ...] = ()
+    axes: tuple[str, ...] = ()  # what the sizes of the shape are; where none, those of the op
 
     @property
     def name(self) -> str:

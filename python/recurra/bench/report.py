@@ -165,7 +165,8 @@ def _time(seconds: float) -> str:
 def _title(case: Case) -> str:
     if not case.shape:
         return f"{case.op} {case.kind}".rstrip()
-    axes = AXES[case.op] if len(case.shape) == len(AXES[case.op]) else ("B", "D")
+    axes = case.axes or AXES[case.op]
+    axes = axes if len(case.shape) == len(axes) else ("B", "D")
     sizes = ", ".join(map(str, case.shape))
     return f"{case.op} {case.kind}, ({', '.join(axes)}) = ({sizes})"
 
