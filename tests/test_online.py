@@ -247,3 +247,133 @@ def test_memory_is_flat():
         [sys.executable, "-c", _LONG], capture_output=True, text=True, check=True, timeout=300
     )
     assert int(out.stdout) < 4096
+
+
+# ---- commands ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog\n" * 100)
+    return path
+
+
+SMALL = ["--batch", "4", "--length", "10", "--channels", "24", "--lr", "0.01"]
+
+
+def bits_of(err: str) -> list[float]:
+    return [
+        float(line.split(" over all")[0].split()[-1]) for line in err.splitlines() if "%" in line
+    ]
+
+
+def test_a_byte_stream_is_learned_and_said(tmp_path, text, capsys):
+    run = str(tmp_path / "run")
+    assert main(["train", run, "--online", "--data", str(text), *SMALL]) == 0
+    err = capsys.readouterr().err
+    assert "exact RTRL" in err and "bytes/s" in err and "done; " in err
+    assert bits_of(err)[-1] < 5  # of 8 at the beginning
+    assert main(["train", run, "--online", "--data", str(text)]) == 1
+    assert "holds a run already: --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layers", ["1", "2"])
+def test_a_resumed_stream_has_the_bits_of_the_whole(tmp_path, text, monkeypatch, capsys, layers):
+    from recurra.rtrl import stream
+
+    options = ["--online", "--data", str(text), "--save-every", "20", "--layers", layers, *SMALL]
+    assert main(["train", str(tmp_path / "whole"), *options]) == 0
+    feed, fed = OnlineLearner.feed, []
+
+    def stops(self, *args):
+        fed.append(None)
+        if len(fed) == 55:
+            raise OSError("power cut")
+        return feed(self, *args)
+
+    monkeypatch.setattr(OnlineLearner, "feed", stops)
+    assert main(["train", str(tmp_path / "cut"), *options]) == 1
+    monkeypatch.undo()
+    assert main(["train", str(tmp_path / "cut"), "--online", "--resume"]) == 0
+    assert "goes on after 1,600 bytes" in capsys.readouterr().err
+    files = [
+        stream.find(tmp_path / name / stream.FOLDER) / "learner.safetensors"
+        for name in ("whole", "cut")
+    ]
+    assert files[0].name == files[1].name and files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_an_interrupted_stream_is_saved(tmp_path, text):
+    long = tmp_path / "long.txt"
+    long.write_bytes(text.read_bytes() * 400)
+    code = f"""
+import os, signal, sys
+from recurra.cli import main
+from recurra.rtrl import OnlineLearner
+feed = OnlineLearner.feed
+def stops(self, *args):
+    if self.chunks == 30:
+        os.kill(os.getpid(), signal.SIGINT)
+    return feed(self, *args)
+OnlineLearner.feed = stops
+sys.exit(main({["train", str(tmp_path / "run"), "--online", "--data", str(long), *SMALL]!r}))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
+    assert out.returncode == 130, out.stderr
+    assert [p.name for p in (tmp_path / "run" / "online").iterdir()] == ["step-00000031"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--online", "--cell", "lstn"], "cell must be one of elstm, "),
+        (["--online", "--channels", "0"], "channels must be at least 1, got 0"),
+        (["--online", "--lr", "-1"], "lr must be positive, got -1.0"),
+        (["--online", "--length", "9999"], "4 parts of it in chunks of 9999 need at least 40000"),
+        (["--cell", "elstm"], "--cell goes with --online"),
+    ],
+)
+def test_what_is_wrong_with_a_stream_is_said(tmp_path, text, capsys, options, message):
+    arguments = ["train", str(tmp_path / "run"), "--data", str(text), "--batch", "4", *options]
+    assert main(arguments) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and message in err[0]
+
+
+def test_a_stream_does_not_change_on_the_way(tmp_path, text, capsys):
+    run = str(tmp_path / "run")
+    assert main(["train", run, "--online", "--data", str(text), *SMALL]) == 0
+    assert main(["train", run, "--online", "--resume", "--channels", "25"]) == 1
+    assert "--channels cannot change while a stream is learned" in capsys.readouterr().err
+    text.write_text(text.read_text().replace("fox", "cat"))
+    assert main(["train", run, "--online", "--resume"]) == 1
+    assert "was learned from another text" in capsys.readouterr().err
+
+
+def test_diag_bias_shows_that_the_top_is_exact(tmp_path, capsys):
+    arguments = ["--length", "24", "--channels", "6", "--chunks", "1", "6", "24", "--depths", "2"]
+    picture = tmp_path / "bias.png"
+    assert main(["diag", "bias", *arguments, "--picture", str(picture)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "layer " in line]
+    errors = {row[1]: [float(v) for v in row[2::2]] for row in rows if len(row) == 8}
+    assert errors["1"] == [0, 0, 0]
+    assert errors["0"][0] > errors["0"][1] > errors["0"][2] == 0
+    assert picture.is_file() or "no picture" in capsys.readouterr().out
+    assert main(["diag", "bias", "--chunks", "0"]) == 1
+    assert "--chunks must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_diag_copy_reaches_its_accuracy_or_says_so(tmp_path, capsys):
+    easy = ["--symbols", "1", "--delay", "4", "--chunk", "2", "--channels", "16", "--lr", "0.01"]
+    easy += ["--picture", str(tmp_path / "copy.png")]
+    threads = torch.get_num_threads()
+    try:
+        assert main(["diag", "copy", *easy, "--min-acc", "0.99", "--seconds", "60"]) == 0
+        assert "exact RTRL" in capsys.readouterr().out
+        few = [*easy, "--min-acc", "0.99", "--seconds", "0.05", "--algo", "bptt"]
+        assert main(["diag", "copy", *few]) == 1
+    finally:
+        torch.set_num_threads(threads)
+    out, err = capsys.readouterr()
+    assert "truncated backpropagation" in out and "--min-acc asks for 0.99" in err

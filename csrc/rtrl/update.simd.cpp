@@ -8,9 +8,9 @@
 namespace recurra::RECURRA_ISA {
 namespace {
 
-constexpr int64_t kSteps = 128;              // of u that are walked for a block of channels
-constexpr int64_t kTaskBytes = 128 << 10;    // of S, about
-constexpr int64_t kSerialBelow = 128 << 10;  // products that threads would not make faster
+constexpr int64_t kSteps = 128;            // of u that are walked for a block of channels
+constexpr int64_t kTaskBytes = 128 << 10;  // of S, about
+constexpr int64_t kSerialBelow = 1 << 20;  // products that threads would not make faster
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 

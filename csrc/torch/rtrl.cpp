@@ -160,7 +160,8 @@ std::tuple<Tensor, Tensor, Tensor> rtrl_gradient_cpu(Tensor weight, Tensor bias,
   constexpr const char* op = "_rtrl_gradient";
   check(op, {{"S_weight", weight}, {"S_bias", bias}, {"S_params", params}, {"dh0", dh0}});
   check_exact(op, "S_weight", weight);
-  check_contiguous(op, {{"S_weight", weight}, {"S_bias", bias}, {"S_params", params}});
+  check_contiguous(op,
+                   {{"S_weight", weight}, {"S_bias", bias}, {"S_params", params}, {"dh0", dh0}});
   const DType compute = dtype_of(weight);
   const int64_t rows = each ? weight.size(0) : 1, inputs = weight.size(2);
   const int64_t channels = weight.size(3);

@@ -22,6 +22,7 @@
 #include "parallel.h"
 #include "rms_norm/rms_norm.h"
 #include "rnn_cases.h"
+#include "rtrl_cases.h"
 #include "selective_scan/selective_scan.h"
 #include "softmax_scan_cases.h"
 
@@ -461,6 +462,8 @@ constexpr Op kOps[] = {
     {"linear_step", linear_step_case, {1, 700, 1040}},
     {"rms_norm", rms_norm_case, {3, 700, 300}},
     {"rms_norm_backward", rms_norm_backward_case, {3, 700, 300}},
+    {"rtrl_update", rtrl_update_case, {2, 300, 130}},
+    {"rtrl_gradient", rtrl_gradient_case, {5, 1, 700}},
     {"hostile_cu_seqlens", hostile_cu_seqlens_case, {1, 300, 512}},
 };
 

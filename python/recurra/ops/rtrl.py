@@ -153,7 +153,7 @@ def rtrl_gradient(S: Sensitivities, dh0: Tensor, *, reduce: str = "sum") -> Grad
     if reduce not in ("sum", "none"):
         fail("rtrl_gradient", f'reduce must be "sum" or "none", got "{reduce}"')
     with torch.no_grad():
-        found = Gradients(*_gradient_op(*S, dh0.detach(), reduce == "none"))
+        found = Gradients(*_gradient_op(*S, dh0.contiguous(), reduce == "none"))
         return found if reduce == "none" else Gradients(*(g[0] for g in found))
 
 
@@ -291,7 +291,7 @@ def _(S_weight, S_bias, S_params, dh0, each):
     held = {"S_weight": S_weight, "S_bias": S_bias, "S_params": S_params}
     check(op, dh0=dh0, **held)
     _check_exact(op, "S_weight", S_weight)
-    _check_contiguous(op, **held)
+    _check_contiguous(op, **held, dh0=dh0)
     rows = S_weight.shape[0] if each else 1
     return tuple(x.new_empty(rows, *x.shape[2:]) for x in held.values())
 
