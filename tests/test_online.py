@@ -12,6 +12,7 @@ from torch import nn
 
 import recurra
 from recurra._files import CheckpointError
+from recurra.cli import main
 from recurra.rtrl import Layer, OnlineLearner
 from support import same_bits
 
