@@ -169,9 +169,10 @@ void run(const RnnBackward& args) {
   const int64_t channels = args.x.size[3], padded = args.padded();
   const CellRows<T>& cell = cell_rows<T>(args.cell);
   const TileShape tile = tile_shape<T>(args.x, args.dx, args.dy);
-  const int64_t lanes = widest(cell, tile.widest), several = together(args);
-  const int64_t most = several * channels > lanes ? lanes / channels : several;
-  const Cut shape = several > 1 ? Cut{lanes, 1} : cut(channels, lanes, args.parts);
+  const int64_t lanes = widest(cell, tile.widest);
+  int64_t most = together(args);
+  const Cut shape = most > 1 ? Cut{lanes, 1} : cut(channels, lanes, args.parts);
+  if (most > 1 && most * channels > lanes) most = lanes / channels;
   const int64_t count = args.dx.size[0] * args.dx.size[1] * args.dx.size[2] * channels;
   const bool stream = count * item_size(args.dx.dtype) >= kStreamFrom;
   parallel_unless(count < 1 << 12, args.parts * shape.spans, [&](int64_t task) {

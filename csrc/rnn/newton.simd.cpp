@@ -433,7 +433,7 @@ struct Solver {
 
 template <class T>
 void run(const RnnNewton& args) {
-  Solver<T>(args, cell_rows<T>(args.cell)).run();
+  if (args.x.size[3] > 0) Solver<T>(args, cell_rows<T>(args.cell)).run();
 }
 
 }  // namespace
