@@ -136,12 +136,12 @@ void run(const BlockScanBackward& args) {
         each_unit([&](const Unit& u) {
           const int64_t numbers = u.apart * k, entry = u.row * k * k * kLanes;
           T* const carried = rows_of(u);
-          if (more) {
-            if (!constant) prefetch(A.at(t + ahead), u, k);
-            prefetch(h.at(t + ahead + 1), u, k);
-            if (dh) prefetch(dh.at(t + ahead), u, k);
-          }
-          const Entries<T> gates = constant ? of_unit[unit++] : load(A.at(t), u, k, held.x);
+          const Matrices now = A.at(t), later = A.at(t + ahead);
+          const Vectors before_later = h.at(t + ahead + 1);
+          const bool one_by_one = !constant && by_group(now, u, k);
+          const Entries<T> gates = constant     ? of_unit[unit++]
+                                   : one_by_one ? Entries<T>{}
+                                                : load(now, u, k, held.x);
           Tile<T> x{states.x, kLanes};
           before ? void(x = load(before, u, k, states.x)) : load_state({}, u, k, states.x);
           const Tile<T> given = dh ? load(dh.at(t), u, k, cotangents.x) : Tile<T>{nullptr, 0};
@@ -152,9 +152,15 @@ void run(const BlockScanBackward& args) {
           }
           const Entries<T> to = entries(dA, u, k, over_time ? sixteen.x + entry : products.x);
           for (int64_t g = 0; g < u.apart; ++g) {
+            if (more) {
+              if (!constant) prefetch(later, u, k, g);
+              prefetch(before_later, u, k, g);
+              if (dh) prefetch(dh.at(t + ahead), u, k, g);
+            }
             const T* const rows = g_rows.x + g * k * kLanes;
             outer(to.at(g), k, rows, {x.row(g * k), x.stride}, over_time && t % kGroup != 0);
-            multiply<T>(gates.at(g).turned(), k, rows, nullptr, carried + g * k * kLanes);
+            const Entries<T> gate = one_by_one ? load_group(now, u, k, g, held.x) : gates.at(g);
+            multiply<T>(gate.turned(), k, rows, nullptr, carried + g * k * kLanes);
           }
           store(db.at(t), u, k, g_rows.x, stream);
           if (over_time) {

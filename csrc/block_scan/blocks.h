@@ -137,23 +137,26 @@ RECURRA_INLINE int64_t steps_ahead(DType dtype, int64_t width, int64_t size) {
   return steps < 1 ? 1 : steps > 16 ? 16 : steps;
 }
 
-// Asks for `size` numbers of each block of a unit, where those of one block are side by side: the
-// order in which they are read is foreseen by no machine.
+// Asks for `size` numbers of each block, where those of one are side by side, for the g-th part of
+// the blocks of a unit: in the order of memory, which lanes that lie apart hide from the machine,
+// and a few lines at a time, so that they come while it computes.
 RECURRA_INLINE void prefetch(const char* data, DType dtype, int64_t stride_n, int64_t size,
-                             const Unit& u) {
-  const int64_t item = item_size(dtype), run = stride_n == size ? u.apart * size : size;
-  const int64_t count = stride_n == size ? u.lanes : u.lanes * u.apart;
-  const int64_t between = (stride_n == size ? u.apart : 1) * stride_n * item;
-  const char* block = data + u.first * stride_n * item;
-  for (int64_t n = 0; n < count; ++n, block += between)
-    for (int64_t at = 0; at < run * item; at += 64) RECURRA_ISA::prefetch<2>(block + at);
+                             const Unit& u, int64_t g) {
+  const int64_t item = item_size(dtype);
+  const char* block = data + (u.first + g * u.lanes) * stride_n * item;
+  if (stride_n == size) {
+    for (int64_t at = 0; at < u.lanes * size * item; at += 64) RECURRA_ISA::prefetch<2>(block + at);
+    return;
+  }
+  for (int64_t n = 0; n < u.lanes; ++n, block += stride_n * item)
+    for (int64_t at = 0; at < size * item; at += 64) RECURRA_ISA::prefetch<2>(block + at);
 }
-RECURRA_INLINE void prefetch(const Vectors& v, const Unit& u, int64_t k) {
-  if (v.stride_e == 1) prefetch(v.data, v.dtype, v.stride_n, k, u);
+RECURRA_INLINE void prefetch(const Vectors& v, const Unit& u, int64_t k, int64_t g) {
+  if (v.stride_e == 1) prefetch(v.data, v.dtype, v.stride_n, k, u, g);
 }
-RECURRA_INLINE void prefetch(const Matrices& m, const Unit& u, int64_t k) {
+RECURRA_INLINE void prefetch(const Matrices& m, const Unit& u, int64_t k, int64_t g) {
   if (m.by_rows(k, 1) ? m.stride_j == 1 : m.is_turned(k, 1) && m.stride_i == 1)
-    prefetch(m.data, m.dtype, m.stride_n, k * k, u);
+    prefetch(m.data, m.dtype, m.stride_n, k * k, u, g);
 }
 
 // The vectors of a unit, group by group.
@@ -196,7 +199,7 @@ RECURRA_INLINE void load_state(const Vectors& v, const Unit& u, int64_t k, T* ro
 template <class T>
 struct Entries {
   T* data = nullptr;
-  int64_t group, i, j;  // numbers between groups, rows and columns
+  int64_t group = 0, i = 0, j = 0;  // numbers between groups, rows and columns
 
   RECURRA_INLINE Entries at(int64_t g) const { return {data + g * group, group, i, j}; }
   RECURRA_INLINE Entries turned() const { return {data, group, j, i}; }
@@ -229,6 +232,19 @@ RECURRA_INLINE Entries<T> load(const Matrices& m, const Unit& u, int64_t k, T* b
       for (int64_t j = 0; j < k; ++j) Vec<T>::load(tile.row(j)).store(to + j * kLanes);
   }
   return {buffer, k * k * kLanes, k * kLanes, kLanes};
+}
+
+// Whether the groups of a unit are loaded one by one, each while the one before it is used: where a
+// matrix has enough entries side by side to be transposed on its own.
+RECURRA_INLINE bool by_group(const Matrices& m, const Unit& u, int64_t k) {
+  return k >= 4 && u.apart > 1 && m.by_rows(k, u.apart);
+}
+template <class T>
+RECURRA_INLINE Entries<T> load_group(const Matrices& m, const Unit& u, int64_t k, int64_t g,
+                                     T* buffer) {
+  load_tile<T>(numbers(m.data, m.dtype, g * m.stride_n, m.stride_j, m.stride_n, u), k * k, u.lanes,
+               buffer, kLanes);
+  return {buffer, 0, k * kLanes, kLanes};
 }
 
 // Writes entries that lie as entries() says.

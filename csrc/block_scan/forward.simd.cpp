@@ -49,17 +49,23 @@ void run(const BlockScan& args) {
       const bool more = t + ahead < seq.length();
       int64_t unit = 0;
       each_unit([&](const Unit& u) {
-        if (more) {
-          if (!constant) prefetch(A.at(t + ahead), u, k);
-          prefetch(b.at(t + ahead), u, k);
-        }
-        const Entries<T> entries = constant ? of_unit[unit++] : load(A.at(t), u, k, held.x);
+        const Matrices now = A.at(t), later = A.at(t + ahead);
+        const Vectors inputs_later = b.at(t + ahead);
+        const bool one_by_one = !constant && by_group(now, u, k);
+        const Entries<T> entries = constant     ? of_unit[unit++]
+                                   : one_by_one ? Entries<T>{}
+                                                : load(now, u, k, held.x);
         const Tile<T> source = load(b.at(t), u, k, inputs.x);
         const T* x = rows_of(state, u);
         T* out = rows_of(next, u);
         for (int64_t g = 0; g < u.apart; ++g) {
+          if (more) {
+            if (!constant) prefetch(later, u, k, g);
+            prefetch(inputs_later, u, k, g);
+          }
           const Tile<T> start{source.row(g * k), source.stride};
-          multiply(entries.at(g), k, x + g * k * kLanes, &start, out + g * k * kLanes);
+          multiply(one_by_one ? load_group(now, u, k, g, held.x) : entries.at(g), k,
+                   x + g * k * kLanes, &start, out + g * k * kLanes);
         }
         store(h.at(t), u, k, out, stream);
       });

@@ -109,6 +109,37 @@ def _linear_scan(shape: tuple[int, ...], kind: str, with_peers: bool) -> Built:
     return built
 
 
+# block_scan ---------------------------------------------------------------------------------------
+
+
+def _block_inputs(B: int, T: int, N: int, k: int) -> dict[str, Tensor]:
+    """Matrices of their own for every step, whose products do not grow."""
+    torch.manual_seed(0)
+    return {"A": (2 * torch.rand(B, T, N, k, k) - 1) / k, "b": torch.randn(B, T, N, k)}
+
+
+def _block_scan(shape: tuple[int, ...], kind: str, with_peers: bool) -> Built:
+    base = _block_inputs(*shape)
+
+    def make(transposed: bool = False, dtype: torch.dtype = torch.float32) -> Problem:
+        return Problem(
+            {k: laid_out(v.to(dtype), transposed) for k, v in base.items()},
+            lambda f, x: f(**x)[0],
+            recurra.block_scan,
+            recurra.reference.block_scan,
+            {"A": rows_and_channels, "b": rows_and_channels},
+        )
+
+    n, entries = base["b"].numel(), base["A"].numel()
+    moved = 4 * (entries + 2 * n)
+    floor = Floor(bytes=moved, footprint=moved, work={"fma": entries})
+    if kind == BACKWARD:
+        # The matrices once more, their gradient, the states, their cotangent and that of b.
+        moved += 4 * (2 * entries + 3 * n)
+        floor = Floor(bytes=moved, footprint=4 * (2 * entries + 4 * n), work={"fma": 3 * entries})
+    return build(make, kind, floor)
+
+
 # selective_scan -----------------------------------------------------------------------------------
 
 
@@ -233,6 +264,8 @@ def _step(op: str, shape: tuple[int, ...], with_peers: bool) -> Built:
     T = 8
     if op == "linear_scan":
         whole, parameters, options = _linear_inputs(B, T, D), {}, {}
+    elif op == "block_scan":
+        whole, parameters, options = _block_inputs(B, T, D // 4, 4), {}, {}
     elif op == "selective_scan":
         whole, options = selective_inputs(B, D, T, 16), {"delta_softplus": True}
         parameters = {k: whole.pop(k) for k in ("A", "D", "delta_bias")}
@@ -291,6 +324,7 @@ def _import(with_peers: bool) -> list[Measured]:
 
 SELECTIVE_SHAPES = ((1, 1536, 1024, 16), (8, 512, 512, 16), (4, 1536, 2048, 16))
 LINEAR_SHAPES = ((8, 2048, 1024), (1, 65536, 256), (64, 512, 512))
+BLOCK_SHAPES = ((8, 2048, 128, 4),)
 SOFTMAX_SHAPES = ((8, 1024, 1024), (1, 4096, 768))
 CONV_SHAPES = tuple(shape[:3] for shape in SELECTIVE_SHAPES)
 STEP_SHAPE = (1, 1536)
@@ -298,6 +332,7 @@ STEP_SHAPE = (1, 1536)
 _BUILDERS = {
     "selective_scan": _selective_scan,
     "linear_scan": _linear_scan,
+    "block_scan": _block_scan,
     "causal_conv1d": _causal_conv1d,
     "softmax_scan": _softmax_scan,
 }
@@ -305,6 +340,7 @@ _BUILDERS = {
 AXES = {
     "selective_scan": ("B", "D", "L", "N"),
     "linear_scan": ("B", "T", "D"),
+    "block_scan": ("B", "T", "N", "K"),
     "causal_conv1d": ("B", "D", "L"),
     "softmax_scan": ("B", "T", "D"),
     "rnn": ("B", "T", "N"),
@@ -337,6 +373,10 @@ def _targets(op: str, shape: tuple[int, ...], kind: str) -> tuple[Target, ...]:
                 Target(peers.NUMBA, "recurra", 3, True),
             )
         return (Target("recurra", "floor", 2.0), bf16)
+    if op == "block_scan":
+        if kind == FORWARD:
+            return (Target("recurra", "floor", 1 / 0.6), Target("transposed", "recurra", 1.4), bf16)
+        return (Target("recurra", "floor", 1.6), bf16)
     if op == "softmax_scan":
         layout = (Target("transposed", "recurra", 1.4),) if kind == FORWARD else ()
         return (Target("recurra", "floor", 2.0), *layout, bf16)
@@ -360,7 +400,7 @@ def case(op: str, shape: tuple[int, ...], kind: str) -> Case:
         )
     if op == "rnn":
         return rnn.case(shape, kind)
-    listed = SELECTIVE_SHAPES + LINEAR_SHAPES + CONV_SHAPES + SOFTMAX_SHAPES
+    listed = SELECTIVE_SHAPES + LINEAR_SHAPES + BLOCK_SHAPES + CONV_SHAPES + SOFTMAX_SHAPES
     targets = _targets(op, shape, kind) if shape in listed else ()
     return Case(op, shape, kind, functools.partial(_BUILDERS[op], shape, kind), targets)
 
@@ -370,6 +410,7 @@ def table() -> list[Case]:
     shapes = {
         "selective_scan": SELECTIVE_SHAPES,
         "linear_scan": LINEAR_SHAPES,
+        "block_scan": BLOCK_SHAPES,
         "causal_conv1d": CONV_SHAPES,
         "softmax_scan": SOFTMAX_SHAPES,
     }
