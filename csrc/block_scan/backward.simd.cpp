@@ -90,7 +90,7 @@ void run(const BlockScanBackward& args) {
   const bool by_step = args.reduced() && !over_time;
   // Lanes that are added to each other are neighbours, whatever the layout.
   const int64_t apart = over_blocks || by_step ? 1 : apart_of(args.h);
-  const Cut shape = cut(blocks, k, apart, runs);
+  const Cut shape = cut(args.h, apart, runs);
   const bool constant = args.A.size[1] == 1;
   const int64_t count = args.h.size[0] * args.h.size[1] * blocks * k;
   const bool stream = count * item_size(args.h.dtype) >= kStreamFrom;

@@ -55,12 +55,15 @@ RECURRA_INLINE int64_t apart_of(const View<4>& v) {
   return full < 1 ? 1 : full < most ? full : most;
 }
 
-// How blocks are cut: spans whose matrices the second cache holds, and enough tasks.
+// How blocks are cut: spans whose matrices the second cache holds, and enough tasks. Where each
+// block has its whole sequence to itself in memory, few at a time, so that a line is still there
+// when its other steps are wanted.
 struct Cut {
   int64_t width, spans;
 };
-RECURRA_INLINE Cut cut(int64_t blocks, int64_t k, int64_t apart, int64_t runs) {
-  const int64_t unit = kLanes * apart, most = kHeld / (k * k);
+RECURRA_INLINE Cut cut(const View<4>& v, int64_t apart, int64_t runs) {
+  const int64_t blocks = v.size[2], k = v.size[3], unit = kLanes * apart, most = kHeld / (k * k);
+  if (v.step(2) > v.step(1) && v.step(1) > 0) return {unit, (blocks + unit - 1) / unit};
   int64_t width = (most < kWidest ? most : kWidest) / unit * unit;
   const auto spans = [&] { return (blocks + width - 1) / width; };
   while (width > unit && width * k * k > 256 && runs * spans() < 8)

@@ -11,7 +11,7 @@ using namespace blocks;
 template <class T>
 void run(const BlockScan& args) {
   const int64_t blocks = args.b.size[2], k = args.b.size[3], apart = apart_of(args.b);
-  const Cut shape = cut(blocks, k, apart, args.sequences.count);
+  const Cut shape = cut(args.b, apart, args.sequences.count);
   const bool constant = args.A.size[1] == 1;
   const int64_t count = args.b.size[0] * args.b.size[1] * blocks * k;
   const bool stream = count * item_size(args.h.dtype) >= kStreamFrom;
