@@ -174,6 +174,8 @@ def _lengths(op, draw_seed=3):
 
 @every_op
 def test_compile_full_graph_with_at_most_one_recompile(op):
+    import torch._dynamo.testing
+
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     function = op.function

@@ -183,3 +183,38 @@ def test_auto_solves_few_long_channels_and_walks_the_rest():
     long, short = torch.randn(1, 16384, 1, 1), torch.randn(4, 64, 1, 32)
     assert recurra.rnn(long, 0.5 * torch.ones(1, 1), cell="tanh")[2] >= 1
     assert recurra.rnn(short, 0.5 * torch.ones(1, 32), cell="tanh")[2] == 0
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "newton", "newton-global"])
+def test_a_state_that_was_huge_does_not_excuse_a_later_one(algorithm):
+    """The update gate is closed but for a little, and the candidate has two stable values: which of
+    them is reached is decided long after the state was 1e9."""
+    x = torch.tensor([-4.0, 4.0, -0.05]).view(1, 1, 3, 1).expand(1, 8192, 3, 1)
+    params = torch.tensor([[0.0], [0.0], [4.0]])
+    for size in (1e7, 1e9, -1e9):
+        h0 = torch.full((1, 1, 1), size)
+        want = recurra.rnn(x, params, h0, cell="paragru", algorithm="sequential")[0]
+        y, _, passes, _ = recurra.rnn(x, params, h0, cell="paragru", algorithm=algorithm)
+        assert passes > 0
+        torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["newton", "newton-global"])
+def test_what_is_not_finite_is_told(algorithm):
+    def run(x, params, reset=None):
+        both = {}
+        for name in ("sequential", algorithm):
+            both[name] = recurra.rnn(x, params, cell="tanh", algorithm=name, chunk=64, reset=reset)
+        want, got = both["sequential"][0], both[algorithm][0]
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
+        return both[algorithm][3]
+
+    x = torch.full((1, 1029, 1, 1), 0.1)
+    x[0, -2] = torch.nan  # behind the last whole chunk
+    assert run(x, torch.full((1, 1), 0.5)).isnan()
+    # Newton over the whole sequence overflows here, before a reset that hides it.
+    for n in (40, 50, 59, 80):
+        reset = torch.zeros(1, n + 3, dtype=torch.bool)
+        reset[0, n] = True
+        x = torch.full((1, n + 3, 1, 1), 1e-3)
+        run(x, torch.full((1, 1), 8.0), reset)

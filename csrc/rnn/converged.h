@@ -4,10 +4,11 @@
 
 namespace recurra::RECURRA_ISA::recurrent {
 
-// A step of this, relative to the largest state, is what the sequential steps round away, too: four
-// units of its last place.
+// A step of this, relative to the size that the state had of late, is what sequential steps round
+// away, too: sixteen units of its last place, as roundings add up while they are remembered. Of
+// late, since a state crosses zero, and may have been far larger long before.
 template <class T>
-constexpr T kConverged = sizeof(T) == 4 ? T(4.8e-7) : T(8.9e-16);
+constexpr T kConverged = sizeof(T) == 4 ? T(1.9e-6) : T(3.6e-15);
 
 template <class T>
 RECURRA_FN T absolute(T x) {

@@ -20,7 +20,7 @@ struct Sweeps {
 
   WideRows<T, kMostParams> params;
   WideRows<T, kMostStates> h0, h, step;
-  WideRows<T, 3 * kMostStates> largest;  // of the steps, the residuals and the states
+  WideRows<T, 3 * kMostStates> largest;  // see CellRows::newton
   TileRows<T> x_rows[kMostInputs];
 
   Sweeps(const RnnGlobalNewton& a, const CellRows<T>& cells, int64_t sequence, int64_t channel,
@@ -95,9 +95,9 @@ struct Sweeps {
       bool near = true, finite = true;
       T residual = 0;
       for (int s = 0; s < cell.states; ++s) {
-        const T moved = largest.row(s)[c], off = largest.row(cell.states + s)[c];
-        finite = finite && is_finite(step.row(s)[c]) && is_finite(h.row(s)[c]);
-        near = near && moved <= kConverged<T> * largest.row(2 * cell.states + s)[c];
+        const T excess = largest.row(s)[c], off = largest.row(cell.states + s)[c];
+        finite = finite && is_finite(excess) && is_finite(off);
+        near = near && excess <= 0;
         residual = off > residual ? off : residual;
       }
       args.report.passes[at] = pass;

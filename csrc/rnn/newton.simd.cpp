@@ -29,8 +29,8 @@ struct Stretches {
   int64_t length(int64_t k) const { return k + 1 < count ? blocks : chunks - k * blocks; }
 };
 
-// What is kept of the stretches of one channel: a row of lanes for each state's start and end, and
-// for each entry of the product.
+// What is kept of the stretches of one channel: a row of lanes for each state's start, end and
+// size before the end, and for each entry of the product.
 template <class T>
 struct Shots {
   T* data;
@@ -38,7 +38,8 @@ struct Shots {
 
   T* start(int64_t s) const { return data + s * lanes; }
   T* end(int64_t s) const { return data + (states + s) * lanes; }
-  T* product(int64_t i) const { return data + (2 * states + i) * lanes; }
+  T* size(int64_t s) const { return data + (2 * states + s) * lanes; }
+  T* product(int64_t i) const { return data + (3 * states + i) * lanes; }
 };
 template <class T>
 Shots<T> shots(const RnnNewton& args, const CellRows<T>& cell, int64_t n, int64_t channel) {
@@ -82,6 +83,7 @@ struct LaneTask {
 
   T params[kMostParams * kColumns] __attribute__((aligned(64)));
   T h[kMostStates * kColumns] __attribute__((aligned(64)));
+  T size[kMostStates * kColumns] __attribute__((aligned(64)));
   T product[kMostStates * kMostStates * kColumns] __attribute__((aligned(64)));
   T x[kRnnChunk * kMostInputs * kColumns] __attribute__((aligned(64)));
   T y[kRnnChunk * kMostStates * kColumns] __attribute__((aligned(64)));
@@ -136,6 +138,8 @@ struct LaneTask {
         return last;
       };
       for (int s = 0; s < cell.states; ++s) to.end(s)[k] = take(h + s * width);
+      for (int s = 0; pass == Pass::newton && s < cell.states; ++s)
+        to.size(s)[k] = take(size + s * width);
       for (int i = 0; pass == Pass::newton && i < cell.states * cell.states; ++i)
         to.product(i)[k] = take(product + i * width);
     });
@@ -148,6 +152,8 @@ struct LaneTask {
         for (int64_t k = 0; k < count; ++k) lane[k0 + k] = row[column(c, k)];
       };
       for (int s = 0; s < cell.states; ++s) keep(h + s * width, to.end(s));
+      for (int s = 0; pass == Pass::newton && s < cell.states; ++s)
+        keep(size + s * width, to.size(s));
       for (int i = 0; pass == Pass::newton && i < cell.states * cell.states; ++i)
         keep(product + i * width, to.product(i));
     });
@@ -243,6 +249,12 @@ struct LaneTask {
     return any;
   }
 
+  // Of what they were before, this part counts still.
+  void note_sizes(T part) {
+    for (int64_t i = 0; i < cell.states * width; i += kLanes)
+      max(abs(Vec<T>::load(h + i)), Vec<T>::load(size + i) * Vec<T>(part)).store(size + i);
+  }
+
   void chunk(Pass pass, int64_t j, int64_t lanes) {
     load(j, lanes);
     Block<T> b;
@@ -272,6 +284,7 @@ struct LaneTask {
       cell.advance_with_product(b);
     }
     if (pass == Pass::warm_up) return;
+    note_sizes(T(0.5));
     flush_rows(product, cell.states * cell.states, width, width);
     store(j, lanes);
   }
@@ -290,6 +303,8 @@ struct LaneTask {
         for (int s = 0; s < cell.states; ++s)
           for (int64_t k = 0; k < lw; ++k) h[s * width + column(c, k)] = from.start(s)[k0 + k];
       });
+      clear_rows(size, cell.states, width, width);
+      note_sizes(T(0));
     }
     for (int64_t j = first; j < cut.blocks; ++j) {
       if (j == cut.length(cut.count - 1)) keep_last(pass);
@@ -309,7 +324,7 @@ bool move_starts(const RnnNewton& args, const CellRows<T>& cell, int64_t n, int6
   const int64_t count = Stretches(args, n).count, at = n * args.x.size[3] + channel;
   const Shots<T> shot = shots(args, cell, n, channel);
   const int S = cell.states;
-  T largest[kMostStates] = {}, d[kMostStates] = {}, mismatch = 0;
+  T largest[kMostStates] = {}, mismatch = 0;
   bool finite = true, near = true;
   for (int s = 0; s < S; ++s)
     for (int64_t k = 0; k < count; ++k) {
@@ -317,29 +332,35 @@ bool move_starts(const RnnNewton& args, const CellRows<T>& cell, int64_t n, int6
       finite = finite && is_finite(size);
       if (size > largest[s]) largest[s] = size;
     }
-  for (int64_t k = 0; finite && k + 1 < count; ++k) {
-    T next[kMostStates], gap[kMostStates];
-    bool usable = true;
-    for (int s = 0; s < S; ++s) {
-      next[s] = T(0);
-      for (int i = 0; i < S; ++i) next[s] += shot.product(s * S + i)[k] * d[i];
-      gap[s] = shot.end(s)[k] - shot.start(s)[k + 1];
-      if (absolute(gap[s]) > mismatch) mismatch = absolute(gap[s]);
-      // A linear step that leaves the range of the states says nothing.
-      usable = usable && absolute(next[s]) <= 2 * largest[s];
+  const auto walk = [&](bool move) {
+    T d[kMostStates] = {};
+    for (int64_t k = 0; k + 1 < count; ++k) {
+      T next[kMostStates];
+      bool usable = true;
+      for (int s = 0; s < S; ++s) {
+        next[s] = T(0);
+        for (int i = 0; i < S; ++i) next[s] += shot.product(s * S + i)[k] * d[i];
+        // A linear step that leaves the range of the states says nothing.
+        usable = usable && absolute(next[s]) <= 2 * largest[s];
+      }
+      for (int s = 0; s < S; ++s) {
+        const T end = shot.end(s)[k], gap = end - shot.start(s)[k + 1];
+        if (absolute(gap) > mismatch) mismatch = absolute(gap);
+        d[s] = gap + (usable ? next[s] : T(0));
+        near = near && usable && absolute(d[s]) <= kConverged<T> * shot.size(s)[k];
+        if (move) shot.start(s)[k + 1] = end + (usable ? next[s] : T(0));
+      }
     }
-    for (int s = 0; s < S; ++s) {
-      const T to = shot.end(s)[k] + (usable ? next[s] : T(0));
-      d[s] = gap[s] + (usable ? next[s] : T(0));
-      near = near && usable && absolute(d[s]) <= kConverged<T> * largest[s];
-      shot.start(s)[k + 1] = to;
-    }
-  }
+  };
+  if (finite) walk(false);
+  const bool converged = finite && (near || mismatch == T(0));
+  // Where it has, what another pass repeats for the sake of other channels stays what it is.
+  if (finite && !converged) walk(true);
   const NewtonReport& report = args.report;
   report.passes[at] = pass;
   report.mismatch[at] = finite ? static_cast<double>(mismatch) : __builtin_nan("");
-  report.converged[at] = finite && (near || mismatch == T(0));
-  return report.converged[at] || !finite;
+  report.converged[at] = converged;
+  return converged || !finite;
 }
 
 template <class T>
@@ -427,6 +448,10 @@ struct Solver {
               c < columns.size(g) ? shots(args, cell, n, c0 + c).end(s)[cut.count - 1] : T(0);
       walk_steps<T>(args, cell, part, cut.chunks * kRnnChunk, false, span);
       store_states(args.h_last, part, n, cell.states, span.h.x, kApart<T>);
+      for (int s = 0; s < cell.states; ++s)
+        for (int64_t c = 0; c < part.nc; ++c)
+          if (!is_finite(span.h.row(s)[c]))
+            args.report.mismatch[n * channels + c0 + c] = __builtin_nan("");
     });
   }
 };

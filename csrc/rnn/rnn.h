@@ -70,7 +70,7 @@ constexpr RECURRA_EVERYWHERE int64_t newton_lanes(int64_t steps, int64_t chunk) 
   const int64_t blocks = (chunk + kRnnChunk - 1) / kRnnChunk;
   return ((steps / kRnnChunk + blocks - 1) / blocks + 15) / 16 * 16;
 }
-constexpr RECURRA_EVERYWHERE int64_t newton_rows(int64_t states) { return states * (2 + states); }
+constexpr RECURRA_EVERYWHERE int64_t newton_rows(int64_t states) { return states * (3 + states); }
 
 struct RnnGlobalNewton : Rnn {
   int64_t max_passes = 0;

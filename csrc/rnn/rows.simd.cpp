@@ -3,6 +3,7 @@
 #include "cells/jacobian.h"
 #include "math/batch.h"
 #include "rnn/cell_rows.h"
+#include "rnn/converged.h"
 
 namespace recurra::RECURRA_ISA::recurrent {
 namespace {
@@ -240,7 +241,8 @@ void reverse(const Block<T>& b) {
 }
 
 // One pass of the textbook form over the states in y. h: the state before, of the pass before; mu:
-// how far that one has moved; product: the largest move, residual and state so far, of each state.
+// how far that one has moved; product: of each state the most by which a move was too large, the
+// largest residual, and its size of late. What is not finite stays so in the first two.
 template <class Cell, class T>
 void newton(const Block<T>& b) {
   constexpr int G = Sizes<Cell>::G, S = Sizes<Cell>::S;
@@ -254,20 +256,23 @@ void newton(const Block<T>& b) {
     for_each_index<S>([&](auto s) RECURRA_LAMBDA { moved[s] = L::load(b.mu + s * b.apart + c); });
     const auto keep = [&](int row, const V& x) RECURRA_LAMBDA {
       T* const to = b.product + row * b.apart + c;
-      L::store(to, max(L::load(to), abs(x)));
+      const V most = L::load(to);
+      L::store(to, select(most == most, select(x <= most, most, x), most));
     };
     for_each_index<S>([&](auto s) RECURRA_LAMBDA {
       const auto state = get<s.value>(next);
       T* const to = b.y[s] + t * b.y_stride + c;
       const V old = L::load(to);
       V now = value(state);
-      keep(S + s, now - old);
+      keep(S + s, abs(now - old));
       for_each_index<S>([&](auto i) RECURRA_LAMBDA {
         if constexpr ((kDependsOn<Cell, D, s.value, V> >> (G + i.value)) & 1)
           now = fma(tangent<G + i.value>(state), moved[i], now);
       });
-      keep(s, now - old);
-      keep(2 * S + s, now);
+      T* const size = b.product + (2 * S + s) * b.apart + c;
+      const V of_late = max(abs(now), L::load(size) * V{Vec<T>(T(0.9))});
+      L::store(size, of_late);
+      keep(s, abs(now - old) - of_late * V{Vec<T>(kConverged<T>)});
       L::store(to, now);
       L::store(b.h + s * b.apart + c, old);
       L::store(b.mu + s * b.apart + c, now - old);

@@ -201,7 +201,9 @@ void walk_steps(const Rnn& args, const CellRows<T>& cell, const Part& part, int6
     if (args.saved && t0 % kRnnChunk == 0)
       for_each_saved<T>(args, args.saved, part, t0 / kRnnChunk, cell.states,
                         [&](T* to, int64_t s, int64_t column, int lanes) {
-                          Vec<T>::load(span.h.row(s) + column).store(to, lanes);
+                          // Whole where the row is the span's own, for what reads whole ones.
+                          const Vec<T> v = Vec<T>::load(span.h.row(s) + column);
+                          part.count > 1 ? v.store(to, lanes) : v.store(to);
                         });
     Rows<T> x[kMostInputs], y[kMostStates];
     for (int g = 0; g < cell.inputs; ++g)

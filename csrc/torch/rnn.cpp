@@ -82,16 +82,21 @@ void report_failures(const char* op, const Options& options, const Reports& repo
   aoti_torch_warn("rnn", "rnn.cpp", __LINE__, ("rnn: " + text.str()).c_str());
 }
 
+int64_t most_passes(const Options& options) {
+  return std::min<int64_t>(options.max_passes.value_or(kMaxPasses), INT32_MAX);
+}
+
 void newton(const Rnn& base, const Options& options, const Tensor& x, int64_t states,
             Reports& reports) {
   RnnNewton args;
   static_cast<Rnn&>(args) = base;
   const Sequences& all = args.sequences;
   const int64_t channels = args.x.size[3];
-  const NewtonShape shape = newton_shape(channels, all.count ? all.time : 0);
-  args.chunk = options.chunk.value_or(shape.chunk);
+  const int64_t steps = all.count ? x.size(0) * x.size(1) / all.count : 0;
+  const NewtonShape shape = newton_shape(channels, steps);
+  args.chunk = std::min(options.chunk.value_or(shape.chunk), all.time + kRnnChunk);
   args.warm_up = shape.warm_up;
-  args.max_passes = options.max_passes.value_or(kMaxPasses);
+  args.max_passes = most_passes(options);
   args.report = reports.view();
   std::vector<int64_t> before(static_cast<size_t>(all.count) + 1);
   for (int64_t n = 0; n < all.count; ++n)
@@ -110,7 +115,7 @@ void global_newton(const Rnn& base, const Options& options, const Tensor& x, int
                    Reports& reports) {
   RnnGlobalNewton args;
   static_cast<Rnn&>(args) = base;
-  args.max_passes = options.max_passes.value_or(kMaxPasses);
+  args.max_passes = most_passes(options);
   args.report = reports.view();
   Tensor workspace =
       zeros(x, {x.size(0), x.size(1), states, args.padded()}, state_dtype(dtype_of(x)));

@@ -18,9 +18,10 @@ from recurra import ops
 
 MAX_PASSES = 16
 
-# csrc/rnn/converged.h: a step of this, relative to the largest state, is what the sequential steps
-# round away, too.
-_CONVERGED = {torch.float32: 4.8e-7, torch.float64: 8.9e-16}
+# csrc/rnn/converged.h: a step of this, relative to the size that the state had of late, is what the
+# sequential steps round away, too.
+_CONVERGED = {torch.float32: 1.9e-6, torch.float64: 3.6e-15}
+_LATE = 16  # steps
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,15 @@ class Sequences:
         return out.scatter_reduce(0, number, values[0], "amax")
 
 
+def _of_late(size: Tensor) -> Tensor:
+    """The largest of (B, L, K, N) over a few steps up to each: a state may cross zero, and may have
+    been far larger long before."""
+    B, L, K, N = size.shape
+    flat = torch.nn.functional.pad(size.permute(0, 2, 3, 1).reshape(B * K * N, 1, L), (_LATE - 1, 0))
+    pooled = torch.nn.functional.max_pool1d(flat, _LATE, 1) if L and B * K * N else flat[..., :L]
+    return pooled.reshape(B, K, N, L).permute(0, 3, 1, 2)
+
+
 def sequential(
     rows: Rows, x: Tensor, reset: Tensor | None, pieces: list[tuple[int, int]], h: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -239,11 +249,15 @@ def newton(
         residual = value.unflatten(0, (B, L)) - h
         step = solve(rows.structure, cut(jacobian, starts), residual)
         moved = h + step
-        step, off, size = (sequences.largest(v.abs(), t) for v in (step, residual, moved))
+        size = moved.abs()
         if dense:
-            step, off, size = (v.amax(2, keepdim=True) for v in (step, off, size))
-        finite = (step.isfinite() & off.isfinite() & size.isfinite()).all(1)
-        near = (step <= _CONVERGED[x.dtype] * size).all(1) & finite
+            step, size = (v.abs().amax(3, keepdim=True) for v in (step, size))
+        excess = step.abs() - _CONVERGED[x.dtype] * _of_late(size)
+        excess, off, size = (sequences.largest(v, t) for v in (excess, residual.abs(), size))
+        if dense:
+            off = off.amax(2, keepdim=True)
+        finite = (excess.isfinite() & off.isfinite() & size.isfinite()).all(1)
+        near = (excess <= 0).all(1) & finite
         off = off.amax(1).masked_fill(~finite, float("nan"))
         report = Report(
             torch.where(active, near, report.converged),
