@@ -159,7 +159,9 @@ def _of_late(size: Tensor) -> Tensor:
     """The largest of (B, L, K, N) over a few steps up to each: a state may cross zero, and may have
     been far larger long before."""
     B, L, K, N = size.shape
-    flat = torch.nn.functional.pad(size.permute(0, 2, 3, 1).reshape(B * K * N, 1, L), (_LATE - 1, 0))
+    flat = torch.nn.functional.pad(
+        size.permute(0, 2, 3, 1).reshape(B * K * N, 1, L), (_LATE - 1, 0)
+    )
     pooled = torch.nn.functional.max_pool1d(flat, _LATE, 1) if L and B * K * N else flat[..., :L]
     return pooled.reshape(B, K, N, L).permute(0, 3, 1, 2)
 

@@ -153,6 +153,8 @@ def rnn_step(
         RuntimeError: wrong shape, dtype or device, an unknown cell, a slot out of range or
             repeated, or gradients are enabled and an input requires one.
     """
+    if not isinstance(cell, str):
+        fail("rnn_step", "cell must be the name of one; a recurra.Cell steps in rnn with T = 1")
     return _step_op(h, x, params, cell=cell, slots=slots)
 
 

@@ -159,6 +159,8 @@ class OnlineLearner:
                 f"OnlineLearner: u must have shape (B, T, D) with D = {self.layers[0].inputs}, got "
                 f"{tuple(u.shape)}"
             )
+        if u.shape[1] == 0:
+            raise ValueError("OnlineLearner: u must have at least one step, got T = 0")
         if not self._h:
             self.begin(u.shape[0])
         if u.shape[0] != self._h[0].shape[0]:

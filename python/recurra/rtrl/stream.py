@@ -165,6 +165,8 @@ def train(
     digest = _sample(text)
     if resume:
         notes = learner.load(folder / FOLDER)
+        for group in learner.optimizer.param_groups:  # --lr may have changed
+            group["lr"] = options.lr
         if notes.get("text") != digest:
             raise CheckpointError(
                 f"{folder}: was learned from another text than this one; give the same --data"
