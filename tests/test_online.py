@@ -378,3 +378,12 @@ def test_diag_copy_reaches_its_accuracy_or_says_so(tmp_path, capsys):
         torch.set_num_threads(threads)
     out, err = capsys.readouterr()
     assert "truncated backpropagation" in out and "--min-acc asks for 0.99" in err
+
+
+@pytest.mark.parametrize(
+    "option", ["--steps 3", "--config tiny", "--carry", "--precision bf16", "--reference"]
+)
+def test_options_that_would_change_nothing_are_refused(option, tmp_path, text, capsys):
+    run = str(tmp_path / "run")
+    assert main(["train", run, "--online", "--data", str(text), *option.split()]) == 1
+    assert f"{option.split()[0]} does not go with --online" in capsys.readouterr().err

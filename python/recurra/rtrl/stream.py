@@ -17,6 +17,7 @@ from recurra import _files
 from recurra._files import CheckpointError
 from recurra.rtrl.layer import Layer
 from recurra.rtrl.learner import ABOUT, OnlineLearner, find
+from recurra.train.options import TrainOptions
 
 FOLDER = "online"  # of a run: its checkpoints
 _VALUES = 256
@@ -220,6 +221,20 @@ def _line(
     )
 
 
+# What else `recurra train` has, and what it is when it was not given.
+_OTHERS = {"config": None, "init": None, "tokenizer": None, "minutes": None, "device": None}
+_OTHERS |= {"valid_data": [], "parallel": "ddp", "reference": False}
+
+
+def _refuse_others(args: Any) -> None:
+    """Options that would change nothing are an error."""
+    mine = {f.name for f in dataclasses.fields(StreamOptions)}
+    theirs = {f.name: None for f in dataclasses.fields(TrainOptions) if f.name not in mine}
+    for name, default in (_OTHERS | theirs).items():
+        if getattr(args, name, default) not in (default, None):
+            raise ValueError(f"--{name.replace('_', '-')} does not go with --online")
+
+
 def command(args: Any) -> int:
     """What ``recurra train --online`` does."""
     import sys
@@ -235,6 +250,7 @@ def command(args: Any) -> int:
         for f in dataclasses.fields(StreamOptions)
         if getattr(args, f.name, None) is not None
     }
+    _refuse_others(args)
     with checkpoint.alone(folder):
         checkpoint.clean(folder / FOLDER)
         before = saved(folder) if args.resume else None
