@@ -9,6 +9,7 @@
 #endif
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -52,6 +53,9 @@ std::string replace_all(std::string text, const std::string& from, const std::st
   return text;
 }
 
+// Without std::stoll, whose template this library would export.
+int64_t number_in(const std::string& text) { return std::strtoll(text.c_str(), nullptr, 10); }
+
 Dim parse_dim(std::string text) {
   Dim dim;
   if (auto bar = text.find("|1"); bar != std::string::npos) {
@@ -59,20 +63,20 @@ Dim parse_dim(std::string text) {
     text.erase(bar);
   }
   if (auto at = text.find(">="); at != std::string::npos) {
-    dim.minimum = std::stoll(text.substr(at + 2));
+    dim.minimum = number_in(text.substr(at + 2));
     text.erase(at);
   }
   if (auto at = text.find('='), to = text.find(".."); to != std::string::npos) {
-    dim.minimum = std::stoll(text.substr(at + 1));
-    dim.maximum = std::stoll(text.substr(to + 2));
+    dim.minimum = number_in(text.substr(at + 1));
+    dim.maximum = number_in(text.substr(to + 2));
     text.erase(at);
   }
   if (auto at = text.find('-'); at != std::string::npos) {
-    dim.minus = std::stoll(text.substr(at + 1));
+    dim.minus = number_in(text.substr(at + 1));
     text.erase(at);
   }
   if (text[0] >= '0' && text[0] <= '9')
-    dim.value = std::stoll(text);
+    dim.value = number_in(text);
   else
     dim.name = text;
   return dim;
