@@ -60,6 +60,8 @@ def _measure(op: str, shape: list[int]) -> tuple[int, int]:
     before = _status("VmRSS")
     results = step(inputs)
     extra = _status("VmHWM") - before
+    if op == "rnn":  # whose output is the state of every step
+        size += results[0].numel() * results[0].element_size()
     del results
     return size, extra
 

@@ -243,7 +243,7 @@ def _step(shape: tuple[int, ...], with_peers: bool) -> Built:
 
 
 def _memory(shape: tuple[int, ...], with_peers: bool) -> list[Measured]:
-    """Peak memory of forward and backward, results included, over inputs and states."""
+    """Peak memory of forward and backward, results included, over inputs and all states."""
     size, extra = peak_memory("rnn", shape)
     mebi = 1 / 2**20
     text = (
