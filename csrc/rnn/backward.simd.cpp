@@ -170,7 +170,7 @@ void run(const RnnBackward& args) {
   const CellRows<T>& cell = cell_rows<T>(args.cell);
   const TileShape tile = tile_shape<T>(args.x, args.dx, args.dy);
   const int64_t lanes = widest(cell, tile.widest);
-  int64_t most = together(args);
+  int64_t most = args.together();
   const Cut shape = most > 1 ? Cut{lanes, 1} : cut(channels, lanes, args.parts);
   if (most > 1 && most * channels > lanes) most = lanes / channels;
   const int64_t count = args.dx.size[0] * args.dx.size[1] * args.dx.size[2] * channels;

@@ -1,5 +1,5 @@
 // Which algorithm `auto` takes, and how Newton's method cuts time: from the shape alone, never from
-// the number of threads, so that bits do not depend on it. `recurra bench rnn-auto` measures what
+// the number of threads, so that bits do not depend on it. `recurra bench rnn/auto` measures what
 // stands here.
 #pragma once
 #include <algorithm>
@@ -11,11 +11,10 @@ namespace recurra {
 
 constexpr int64_t kMaxPasses = 16;
 
-// Runs of sequences that the backward sums by themselves: few where several narrow ones fill a
-// vector.
-inline int64_t rnn_parts(int64_t count, int64_t channels) {
-  const int64_t together = channels > 0 && channels < 16 ? 64 / channels : 1;
-  return std::clamp<int64_t>((count + together - 1) / together, 1, 8);
+// Runs of sequences that the backward sums by themselves: few where several share vectors.
+inline int64_t rnn_parts(const RnnInputs& args) {
+  const int64_t together = args.together();
+  return std::clamp<int64_t>((args.sequences.count + together - 1) / together, 1, 8);
 }
 
 struct NewtonShape {

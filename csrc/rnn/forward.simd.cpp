@@ -10,7 +10,7 @@ template <class T>
 void run(const Rnn& args) {
   const int64_t channels = args.x.size[3];
   const CellRows<T>& cell = cell_rows<T>(args.cell);
-  const int64_t count = args.sequences.count, most = args.slots ? 1 : together(args);
+  const int64_t count = args.sequences.count, most = args.slots ? 1 : args.together();
   const int64_t groups = (count + most - 1) / most;
   const Cut shape = cut(channels, tile_shape<T>(args.x, args.y).widest, groups);
   const int64_t outputs = args.y.size[0] * args.y.size[1] * args.y.size[2] * channels;

@@ -23,6 +23,8 @@ namespace recurra {
 
 // Steps between two saved states; the backward holds this many at a time.
 constexpr int64_t kRnnChunk = 32;
+// Columns of a span of sequences that share vectors.
+constexpr int64_t kRnnColumns = 64;
 
 // What forward and backward are both given.
 struct RnnInputs {
@@ -34,6 +36,12 @@ struct RnnInputs {
   Sequences sequences;
 
   int64_t padded() const { return (x.size[3] + 15) / 16 * 16; }
+  // Sequences whose channels are columns of one span, at most: several where a vector has room for
+  // them and all have the same steps.
+  int64_t together() const {
+    const bool apart = sequences.offsets || reset || x.size[3] >= 16 || x.size[3] < 1;
+    return apart ? 1 : kRnnColumns / x.size[3];
+  }
 };
 
 struct Rnn : RnnInputs {

@@ -22,7 +22,7 @@ struct TileShape {
 };
 template <class T>
 constexpr TileShape kRowTile = {8, kWidest<T>};
-constexpr TileShape kColumnTile = {kRnnChunk, 64};
+constexpr TileShape kColumnTile = {kRnnChunk, kRnnColumns};
 
 template <class T, class... V>
 TileShape tile_shape(const V&... views) {
@@ -65,13 +65,6 @@ struct Part {
   int64_t n, count, c0, nc;
   int64_t columns() const { return count * nc; }
 };
-
-// Sequences of a part at most: several where a vector has room for them.
-RECURRA_INLINE int64_t together(const RnnInputs& args) {
-  const int64_t channels = args.x.size[3];
-  const bool apart = args.sequences.offsets || args.reset || channels >= kLanes || channels < 1;
-  return apart ? 1 : kColumnTile.widest / channels;
-}
 
 // f(plane, channels, column) for the planes of row g of the sequences of a part.
 template <class F>

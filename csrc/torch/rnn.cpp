@@ -257,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor> rnn_backward_cpu(OptionalTensor dy, OptionalT
       saved.size(1) != states || saved.size(2) != padded || dtype_of(saved) != compute ||
       !saved.is_contiguous())
     fail(op, "saved must be what _rnn_save returned");
-  args.parts = rnn_parts(count, channels);
+  args.parts = rnn_parts(args);
   Tensor dx = empty_like(x), dparams = empty_like(params);
   Tensor dh0 = h0 ? empty_like(*h0) : empty(x, {count, states, channels}, compute);
   Tensor sums = zeros(x, {args.parts, params.size(0), padded}, compute);

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 import recurra
-from recurra.bench import default, peers, rnn, rtrl
+from recurra.bench import default, memory, peers, rnn, rtrl
 from recurra.bench.floors import Floor
-from recurra.bench.memory import peak_memory
 from recurra.bench.problems import (
     BACKWARD,
     DROP_IN,
@@ -301,18 +300,7 @@ def _step(op: str, shape: tuple[int, ...], with_peers: bool) -> Built:
     return Built(verify, {"recurra": per_call(once, _STEP_CALLS)}, None, calls=_STEP_CALLS)
 
 
-# Memory and import --------------------------------------------------------------------------------
-
-
-def _memory(shape: tuple[int, ...], with_peers: bool) -> list[Measured]:
-    """Peak memory of selective_scan forward and backward, results included, over its inputs."""
-    inputs, extra = peak_memory("selective_scan", shape)
-    mebi = 1 / 2**20
-    text = (
-        f"{extra * mebi:.0f} MiB at the peak, results and gradients included, beside "
-        f"{inputs * mebi:.0f} MiB of inputs"
-    )
-    return [Measured(extra / inputs, "x the inputs", 2.0, text)]
+# Import ------------------------------------------------------------------------------------------
 
 
 def _import(with_peers: bool) -> list[Measured]:
@@ -421,7 +409,12 @@ def table() -> list[Case]:
         for kind in (FORWARD, BACKWARD)
     ]
     cases += [
-        Case("selective_scan", shape, MEMORY, functools.partial(_memory, shape))
+        Case(
+            "selective_scan",
+            shape,
+            MEMORY,
+            functools.partial(memory.case, "selective_scan", "inputs", 2.0, shape),
+        )
         for shape in SELECTIVE_SHAPES
     ]
     cases += [

@@ -8,6 +8,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+from recurra.bench.problems import Measured
+
+
+def case(
+    op: str, beside: str, limit: float, shape: tuple[int, ...], with_peers: bool
+) -> list[Measured]:
+    """Peak memory of forward and backward, results included, over what is there anyway."""
+    size, extra = peak_memory(op, shape)
+    mebi = 1 / 2**20
+    text = (
+        f"{extra * mebi:.0f} MiB at the peak, results and gradients included, beside "
+        f"{size * mebi:.0f} MiB of {beside}"
+    )
+    return [Measured(extra / size, f"x the {beside}", limit, text)]
+
 
 def peak_memory(op: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """Bytes of the inputs, and of the peak beyond them, in a process of its own.

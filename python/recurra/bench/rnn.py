@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 import recurra
-from recurra.bench import peers
+from recurra.bench import memory, peers
 from recurra.bench.floors import Floor, module
-from recurra.bench.memory import peak_memory
 from recurra.bench.problems import (
     BACKWARD,
     FORWARD,
@@ -242,17 +241,6 @@ def _step(shape: tuple[int, ...], with_peers: bool) -> Built:
 # The table ----------------------------------------------------------------------------------------
 
 
-def _memory(shape: tuple[int, ...], with_peers: bool) -> list[Measured]:
-    """Peak memory of forward and backward, results included, over inputs and all states."""
-    size, extra = peak_memory("rnn", shape)
-    mebi = 1 / 2**20
-    text = (
-        f"{extra * mebi:.0f} MiB at the peak, results and gradients included, beside "
-        f"{size * mebi:.0f} MiB of inputs and states"
-    )
-    return [Measured(extra / size, "x inputs and states", 1.5, text)]
-
-
 def case(shape: tuple[int, ...], kind: str, cell: str = "paragru") -> Case:
     """Forward, or forward and backward, of a cell."""
     name = kind if cell == "paragru" else f"{cell} {kind}"
@@ -268,7 +256,12 @@ def cases() -> list[Case]:
             for shape in SHAPES
             for kind in (FORWARD, BACKWARD)
         ),
-        Case("rnn", SHAPES[2], MEMORY, functools.partial(_memory, SHAPES[2])),
+        Case(
+            "rnn",
+            SHAPES[2],
+            MEMORY,
+            functools.partial(memory.case, "rnn", "inputs and states", 1.5, SHAPES[2]),
+        ),
         Case(
             "rnn",
             _STEP_SHAPE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from recurra.diag import _picture
+from recurra.diag import _picture, cell_info
 
 HELP = "the adding problem: the sum of the two numbers that a marker points at"
 EPILOG = """\
@@ -54,10 +54,7 @@ def _model(cell: str, channels: int):
     import recurra
     from recurra.nn.rnn import init_cell_
 
-    known = recurra.cells()
-    if cell not in known:
-        raise ValueError(f"--cell must be one of {', '.join(known)}, got {cell}")
-    info = known[cell]
+    info = cell_info(cell)
 
     class Reader(nn.Module):
         def __init__(self):

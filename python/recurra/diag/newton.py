@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from recurra.diag import _picture
+from recurra.diag import _picture, cell_info
 
 HELP = "passes of Newton's method against recurrent scale, length and chunk"
 EPILOG = """\
@@ -65,12 +65,7 @@ def exponent(x, params, cell: str, seed: int) -> float:
 def _inputs(args: argparse.Namespace, scale: float, length: int):
     import torch
 
-    import recurra
-
-    known = recurra.cells()
-    if args.cell not in known:
-        raise ValueError(f"--cell must be one of {', '.join(known)}, got {args.cell}")
-    info = known[args.cell]
+    info = cell_info(args.cell)
     torch.manual_seed(args.seed)
     x = torch.randn(1, length, len(info.inputs), args.channels)
     x[:, :, 0] += args.gate_bias

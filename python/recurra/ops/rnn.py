@@ -203,13 +203,27 @@ def check_options(
             fail(op, f"{name} must be at least 1, got {number}")
 
 
-def _fake_forward(op, x, params, h0, cell, algorithm, chunk, max_passes, on_fail, all_states, **k):
-    sizes = check(op, x=x, params=params, h0=h0, **k)
+def _fake_forward(
+    op,
+    x,
+    params,
+    h0=None,
+    *,
+    cell,
+    algorithm="auto",
+    chunk=None,
+    max_passes=None,
+    on_fail="sequential",
+    return_states=False,
+    reset=None,
+    cu_seqlens=None,
+):
+    sizes = check(op, x=x, params=params, h0=h0, reset=reset, cu_seqlens=cu_seqlens)
     info = _check_cell(op, cell, x, params, "h0", h0)
     check_options(op, algorithm, on_fail, chunk, max_passes)
     states, order = len(info.states), memory_order(x)
     batch, time, _, channels = x.shape
-    if all_states:
+    if return_states:
         y = empty_ordered(x, (batch, time, states, channels), order)
     else:
         order = [min(n, 2) for n in order if n != 2]
@@ -224,41 +238,13 @@ def _fake_forward(op, x, params, h0, cell, algorithm, chunk, max_passes, on_fail
 
 
 @_register.fake("rnn")
-def _(
-    x,
-    params,
-    h0=None,
-    *,
-    cell,
-    algorithm="auto",
-    chunk=None,
-    max_passes=None,
-    on_fail="sequential",
-    return_states=False,
-    reset=None,
-    cu_seqlens=None,
-):
-    options = (cell, algorithm, chunk, max_passes, on_fail, return_states)
-    return _fake_forward("rnn", x, params, h0, *options, reset=reset, cu_seqlens=cu_seqlens)
+def _(*args, **options):
+    return _fake_forward("rnn", *args, **options)
 
 
 @_register.fake("_rnn_save")
-def _(
-    x,
-    params,
-    h0=None,
-    *,
-    cell,
-    algorithm="auto",
-    chunk=None,
-    max_passes=None,
-    on_fail="sequential",
-    return_states=False,
-    reset=None,
-    cu_seqlens=None,
-):
-    options = (cell, algorithm, chunk, max_passes, on_fail, return_states)
-    out = _fake_forward("_rnn_save", x, params, h0, *options, reset=reset, cu_seqlens=cu_seqlens)
+def _(x, *args, cu_seqlens=None, **options):
+    out = _fake_forward("_rnn_save", x, *args, cu_seqlens=cu_seqlens, **options)
     h_last = out[1]
     batch, time, _, channels = x.shape
     if cu_seqlens is None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from recurra._check import check, dtype_name, fail
 from recurra.ops import _register
+from recurra.ops.block_scan import block_scan
 from recurra.ops.linear_scan import linear_scan
 from recurra.ops.rnn import CellInfo, _check_cell, cells, rnn
 
@@ -77,6 +78,41 @@ def recurrence(cell: str, op: str = "rtrl_update") -> CellInfo:
     if cell not in known:
         fail(op, f'cell must be one of {", ".join(known)}, got "{cell}"')
     return known[cell]
+
+
+def initial(
+    cell: str,
+    batch: int,
+    inputs: int,
+    channels: int,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Sensitivities:
+    """Sensitivities of states that do not depend on the parameters: zeros.
+
+    Args:
+        cell: one of :func:`recurrences`.
+        batch: samples, B.
+        inputs: of the layer, D.
+        channels: of the recurrence, N.
+        dtype: float32 or float64; torch's default when None.
+        device: where.
+
+    Raises:
+        RuntimeError: ``cell`` is unknown, or a size is negative.
+    """
+    info = recurrence(cell, "initial")
+    for name, size in (("batch", batch), ("inputs", inputs), ("channels", channels)):
+        if size < 0:
+            fail("initial", f"{name} must be at least 0, got {size}")
+    K, G, P = len(info.states), len(info.inputs), len(info.params)
+    shapes = (
+        (batch, K, G, channels, inputs),
+        (batch, K, G, channels),
+        (batch, K, P, channels),
+    )
+    return Sensitivities(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
 
 
 def rtrl_update(
@@ -177,31 +213,18 @@ def _run_linear(
     """``params`` is (P, N) or, to tell samples apart, (B, P, N)."""
     params = params.expand(x.shape[0], *params.shape[-2:])
     if cell == "linear-complex":
-        a = torch.complex(*params.unbind(1))[:, None].expand(x.shape[0], x.shape[1], -1)
-        b = torch.complex(*x.unbind(2))
-        h = torch.complex(*h0.unbind(1))
-    else:
-        a, b = x.unbind(2) if cell == "linear-gated" else (params, x[:, :, 0])
-        h = h0[:, 0]
+        re, im = params.unbind(1)
+        # Complex a as the matrix of its product with a number's real and imaginary part.
+        A = torch.stack([re, -im, im, re], -1).unflatten(-1, (2, 2))[:, None]
+        if reset is not None:
+            A = torch.where(reset[..., None, None, None], 0, A)
+        y, last = block_scan(A, x.transpose(2, 3), h0.transpose(1, 2))
+        return y.transpose(2, 3).flatten(2), last.transpose(1, 2)
+    a, b = x.unbind(2) if cell == "linear-gated" else (params, x[:, :, 0])
     if reset is not None:
         a = torch.where(reset[..., None], 0, a)
-    if cell != "linear-complex":
-        y, last = linear_scan(a, b, h)
-        return y, last[:, None]
-    y = _complex_scan(a, b, h)
-    last = y[:, -1] if y.shape[1] else h
-    return torch.cat([y.real, y.imag], -1), torch.stack([last.real, last.imag], 1)
-
-
-def _complex_scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-    """h_t = a_t h_{t-1} + b_t by doubling (Hillis and Steele 1986): log T products."""
-    b = torch.cat([b[:, :1] + a[:, :1] * h0[:, None], b[:, 1:]], 1)
-    step = 1
-    while step < b.shape[1]:
-        b = torch.cat([b[:, :step], b[:, step:] + a[:, step:] * b[:, :-step]], 1)
-        a = torch.cat([a[:, :step], a[:, step:] * a[:, :-step]], 1)
-        step *= 2
-    return b
+    y, last = linear_scan(a, b, h0[:, 0])
+    return y, last[:, None]
 
 
 def _derivatives(

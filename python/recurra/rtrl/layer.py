@@ -85,17 +85,18 @@ class Layer(nn.Module):
 
     def initial_sensitivities(self, batch: int) -> op.Sensitivities:
         """Of a state that does not depend on the parameters: zeros."""
-        K, G, P = (
-            len(names) for names in (self._info.states, self._info.inputs, self._info.params)
-        )
-        zeros, N = self.params.new_zeros, self.channels
-        return op.Sensitivities(
-            zeros(batch, K, G, N, self.inputs), zeros(batch, K, G, N), zeros(batch, K, P, N)
-        )
+        kind = {"dtype": self.params.dtype, "device": self.params.device}
+        return op.initial(self.cell, batch, self.inputs, self.channels, **kind)
 
     def project(self, u: Tensor) -> Tensor:
         """x (B, T, G, N) of u (B, T, D)."""
         return self.in_proj(u).unflatten(-1, (len(self._info.inputs), self.channels))
+
+    def recur(
+        self, x: Tensor, h0: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`forward` of what :meth:`project` has projected."""
+        return op.run(x, self.params, h0, self.cell, reset)
 
     def forward(
         self, u: Tensor, h0: Tensor | None = None, reset: Tensor | None = None
@@ -111,7 +112,7 @@ class Layer(nn.Module):
             y: (B, T, N), or (B, T, 2 N) with the real and then the imaginary parts.
             h_last: (B, K, N).
         """
-        return op.run(self.project(u), self.params, h0, self.cell, reset)
+        return self.recur(self.project(u), h0, reset)
 
     @torch.no_grad()
     def clip(self) -> None:

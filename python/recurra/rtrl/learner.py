@@ -173,8 +173,9 @@ class OnlineLearner:
         with torch.enable_grad():
             y = u
             for layer, h in zip(self.layers, starts, strict=True):
-                inputs.append(y.detach())
-                y, end = layer(y, h, reset)
+                x = layer.project(y)
+                inputs.append((y.detach(), x.detach()))
+                y, end = layer.recur(x, h, reset)
                 ends.append(end.detach())
             output = self.readout(y)
             loss = self.loss(output, target)
@@ -193,13 +194,14 @@ class OnlineLearner:
     @torch.no_grad()
     def _follow(
         self,
-        inputs: list[Tensor],
+        inputs: list[tuple[Tensor, Tensor]],
         starts: list[Tensor],
         of_starts: Sequence[Tensor],
         reset: Tensor | None,
     ) -> None:
         """Adds what the past owes and carries the sensitivities over the chunk."""
-        for layer, S, u, h, dh in zip(self.layers, self._S, inputs, starts, of_starts, strict=True):
+        chunks = zip(self.layers, self._S, inputs, starts, of_starts, strict=True)
+        for layer, S, (u, x), h, dh in chunks:
             past = rtrl_gradient(S, dh)
             for p, g in (
                 (layer.in_proj.weight, past.weight),
@@ -208,7 +210,6 @@ class OnlineLearner:
             ):
                 if p.requires_grad:
                     p.grad += g.view_as(p)
-            x = layer.project(u)
             rtrl_update(S, u, x, layer.params, h.detach(), cell=layer.cell, reset=reset)
 
     def feed(self, u: Tensor, target: Tensor, reset: Tensor | None = None) -> Fed:
