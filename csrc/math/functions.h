@@ -248,15 +248,22 @@ struct ValueSlope {
   V value, slope;
 };
 
-// sigmoid(x) and its derivative from t = exp(-|x|), by one division: the derivative, 3.8 ulp, is
-// the product of sigmoid(-|x|) and sigmoid(|x|), which add up to 1 and have not lost digits where
-// small.
+// sigmoid(-|x|) and sigmoid(|x|) from t = exp(-|x|), by one division. They add up to 1 and the
+// first has not lost digits where it is small; the derivative, 3.8 ulp, is their product.
+template <Plain V>
+struct SigmoidSides {
+  V small, large;
+};
+template <Plain V>
+RECURRA_FN SigmoidSides<V> sigmoid_sides(V t) {
+  const V one = V(Number<V>(1)), q = t / (one + t);
+  // As t - t q, it carries less of the rounding of 1 + t.
+  return {fma(q, -t, t), one - q};
+}
 template <Plain V>
 RECURRA_FN ValueSlope<V> sigmoid_slope_of(V x, V t) {
-  const V one = V(Number<V>(1)), q = t / (one + t), large = one - q;
-  // As t - t q, it carries less of the rounding of 1 + t.
-  const V small = fma(q, -t, t);
-  return {select(x < V(Number<V>(0)), small, large), small * large};
+  const SigmoidSides<V> s = sigmoid_sides(t);
+  return {select(x < V(Number<V>(0)), s.small, s.large), s.small * s.large};
 }
 template <Plain V>
 RECURRA_FN ValueSlope<V> sigmoid_slope(V x) {

@@ -1,6 +1,6 @@
 // A task is one run of sequences by one span of channels, walked backwards in chunks: the steps of
-// a chunk are computed again from the state that was saved before it, each leaving its derivatives
-// in the second cache; what then walks backwards is linear.
+// a chunk are computed again from the state that was saved before it, each leaving its elementary
+// functions in the second cache, and what then walks backwards has their derivatives from these.
 #include "rnn/sequential.h"
 
 namespace recurra::RECURRA_ISA {
@@ -8,24 +8,28 @@ namespace {
 
 using namespace recurrent;
 
-constexpr int64_t kHeldBytes = 384 << 10;
+constexpr int64_t kHeldBytes = 256 << 10;
 template <class T>
 constexpr int64_t kHeldWidest = 512 / sizeof(T);  // lanes of a span
 template <class T>
 constexpr int64_t kHeldApart = kHeldWidest<T> + kLanes;
+// Rows that do not lie in memory as they are worked on are turned a chunk at a time.
+template <class T>
+struct ChunkRows {
+  T x[kRnnChunk * kHeldApart<T>] __attribute__((aligned(64)));
+};
 
 template <class T>
 struct HeldRows {
   T x[kHeldBytes / sizeof(T)] __attribute__((aligned(64)));
 };
 
-// The widest span whose derivatives fit.
+// The widest span whose rows fit.
 template <class T>
-int64_t widest(const CellRows<T>& cell, int64_t most) {
+int64_t widest(const CellRows<T>& cell) {
   const int64_t fit = static_cast<int64_t>(kHeldBytes / sizeof(T)) / (kRnnChunk * cell.held);
   const int64_t lanes = (fit - kLanes) / kLanes * kLanes;
-  most = most < kHeldWidest<T> ? most : kHeldWidest<T>;
-  return lanes < most ? lanes : most;
+  return lanes < kHeldWidest<T> ? lanes : kHeldWidest<T>;
 }
 
 // The sums of the runs, in order.
@@ -45,12 +49,11 @@ template <class T>
 struct Task {
   const RnnBackward& args;
   const CellRows<T>& cell;
-  const TileShape tile;
   const int64_t apart;
   const bool x_in_place, dx_in_place, dy_in_place, stream;
 
   HeldRows<T> held;
-  TileRows<T> x_rows[kMostInputs], dx_rows[kMostInputs], dy_rows[kMostStates];
+  ChunkRows<T> x_rows[kMostInputs], dx_rows[kMostInputs], dy_rows[kMostStates];
   T params[kMostParams * kHeldApart<T>] __attribute__((aligned(64)));
   T h[kMostStates * kHeldApart<T>] __attribute__((aligned(64)));
   T mu[kMostStates * kHeldApart<T>] __attribute__((aligned(64)));
@@ -60,7 +63,6 @@ struct Task {
   Task(const RnnBackward& a, const CellRows<T>& cells, int64_t width, bool past)
       : args(a),
         cell(cells),
-        tile(tile_shape<T>(a.x, a.dx, a.dy)),
         apart(width + kLanes),
         x_in_place(is_rows<T>(a.x)),
         dx_in_place(is_rows<T>(a.dx)),
@@ -77,6 +79,7 @@ struct Task {
                       [&](const T* from, int64_t s, int64_t column, int) {
                         Vec<T>::load(from).store(h + s * apart + column);
                       });
+    Rows<T> x[kMostInputs], dx[kMostInputs], dy[kMostStates];
     Block<T> b;
     b.width = width;
     b.apart = apart;
@@ -84,66 +87,56 @@ struct Task {
     b.h = h;
     b.mu = mu;
     b.dparams = dparams;
+    b.held_rows = cell.held;
     b.past = stream && dx_in_place;
-    if (x_in_place && dy_in_place) b.ahead = -kRnnChunk;
-    // Runs of steps of one tile, between resets, across which states and cotangents do not meet.
-    int64_t begin[kRnnChunk + 1], runs = 0;
-    for (int64_t t = 0; t < steps;) {
-      begin[runs++] = t;
-      const int64_t rest = tile.steps - t % tile.steps;
-      t += run_length(args.reset, seq, t0 + t, rest < steps - t ? rest : steps - t);
+    for (int g = 0; g < cell.inputs; ++g) {
+      x[g] = read_rows(args.x, args.sequences, part, g, x_in_place, t0, steps, x_rows[g].x, apart);
+      const Plane to = plane(args.dx, seq, g, part.c0).at(t0, 0);
+      dx[g] = dx_in_place ? Rows<T>{reinterpret_cast<T*>(to.data), to.stride_t}
+                          : Rows<T>{dx_rows[g].x, apart};
+      b.past = b.past && may_stream<T>(to);
     }
-    begin[runs] = steps;
-    const auto tile_begin = [&](int64_t t) { return t / tile.steps * tile.steps; };
-    const auto tile_steps = [&](int64_t t) {
-      return steps - tile_begin(t) < tile.steps ? steps - tile_begin(t) : tile.steps;
-    };
-    const auto emptied = [&](int64_t run) { return resets(args.reset, seq, t0 + begin[run]); };
+    b.x_stride = x[0].stride;
+    b.dx_stride = dx[0].stride;
+    for (int s = 0; s < cell.states; ++s) {
+      if (all || s == cell.output)
+        dy[s] = read_rows(args.dy, args.sequences, part, all ? s : 0, dy_in_place, t0, steps,
+                          dy_rows[s].x, apart);
+      if (dy[s].data) b.dy_stride = dy[s].stride;
+    }
 
-    Rows<T> x[kMostInputs], dx[kMostInputs], dy[kMostStates];
-    for (int64_t run = 0; run < runs; ++run) {
-      const int64_t t = begin[run], first = tile_begin(t);
-      for (int g = 0; g < cell.inputs; ++g) {
-        if (t == first)
-          x[g] = read_rows(args.x, args.sequences, part, g, x_in_place, t0 + t, tile_steps(t),
-                           x_rows[g], tile.apart());
-        b.x[g] = x[g].data + (t - first) * x[g].stride;
-      }
-      b.x_stride = x[0].stride;
+    // Runs of steps between resets, across which states and cotangents do not meet.
+    int64_t begin[kRnnChunk + 1], runs = 0;
+    for (int64_t t = 0; t < steps; t += run_length(args.reset, seq, t0 + t, steps - t))
+      begin[runs++] = t;
+    begin[runs] = steps;
+    const auto emptied = [&](int64_t run) { return resets(args.reset, seq, t0 + begin[run]); };
+    const auto enter = [&](int64_t run) {
+      const int64_t t = begin[run];
       b.steps = begin[run + 1] - t;
       b.held = held.x + t * cell.held * apart;
+      for (int g = 0; g < cell.inputs; ++g) {
+        b.x[g] = x[g].data + t * b.x_stride;
+        b.dx[g] = dx[g].data + t * b.dx_stride;
+      }
+      for (int s = 0; s < cell.states; ++s)
+        b.dy[s] = dy[s].data ? dy[s].data + t * b.dy_stride : nullptr;
+    };
+    if (x_in_place && dy_in_place) b.ahead = -kRnnChunk;
+    for (int64_t run = 0; run < runs; ++run) {
+      enter(run);
       if (emptied(run)) clear_rows(h, cell.states, apart, width);
-      cell.linearise(b);
+      cell.record(b);
     }
-
     clear_rows(dparams, cell.params, apart, width);
     for (int64_t run = runs - 1; run >= 0; --run) {
-      const int64_t t = begin[run], end = begin[run + 1], first = tile_begin(t);
-      const bool enters = end == steps || end % tile.steps == 0;
-      for (int g = 0; g < cell.inputs; ++g) {
-        const Plane to = plane(args.dx, seq, g, part.c0).at(t0 + first, 0);
-        dx[g] = dx_in_place ? Rows<T>{reinterpret_cast<T*>(to.data), to.stride_t}
-                            : Rows<T>{dx_rows[g].x, tile.apart()};
-        b.dx[g] = dx[g].data + (t - first) * dx[g].stride;
-        b.past = b.past && may_stream<T>(to);
-      }
-      b.dx_stride = dx[0].stride;
-      for (int s = 0; s < cell.states; ++s) {
-        if (enters && (all || s == cell.output))
-          dy[s] = read_rows(args.dy, args.sequences, part, all ? s : 0, dy_in_place, t0 + first,
-                            tile_steps(t), dy_rows[s], tile.apart());
-        b.dy[s] = dy[s].data ? dy[s].data + (t - first) * dy[s].stride : nullptr;
-        if (dy[s].data) b.dy_stride = dy[s].stride;
-      }
-      b.steps = end - t;
-      b.held = held.x + t * cell.held * apart;
+      enter(run);
       cell.reverse(b);
       if (emptied(run)) clear_rows(mu, cell.states, apart, width);
-      if (t == first && !dx_in_place)
-        for (int g = 0; g < cell.inputs; ++g)
-          write_rows(args.dx, args.sequences, part, g, t0 + t, tile_steps(t), dx_rows[g],
-                     tile.apart(), stream);
     }
+    if (!dx_in_place)
+      for (int g = 0; g < cell.inputs; ++g)
+        write_rows(args.dx, args.sequences, part, g, t0, steps, dx_rows[g].x, apart, stream);
     flush_rows(mu, cell.states, apart, width);
     for (int p = 0; p < cell.params; ++p) {
       T *const to = sums + p * padded, *const from = dparams + p * apart;
@@ -168,8 +161,7 @@ template <class T>
 void run(const RnnBackward& args) {
   const int64_t channels = args.x.size[3], padded = args.padded();
   const CellRows<T>& cell = cell_rows<T>(args.cell);
-  const TileShape tile = tile_shape<T>(args.x, args.dx, args.dy);
-  const int64_t lanes = widest(cell, tile.widest);
+  const int64_t lanes = widest(cell);
   int64_t most = args.together();
   const Cut shape = most > 1 ? Cut{lanes, 1} : cut(channels, lanes, args.parts);
   if (most > 1 && most * channels > lanes) most = lanes / channels;

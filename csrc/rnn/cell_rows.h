@@ -28,7 +28,8 @@ struct Block {
 
   T* product = nullptr;  // (states, states) rows: multiplied from the left by each step's Jacobian
 
-  T* held = nullptr;              // (steps, CellRows::held) rows: what linearise leaves to reverse
+  T* held = nullptr;              // (steps, held_rows) rows: what record leaves to reverse
+  int64_t held_rows = 0;          // CellRows::held
   const T* dy[kMostStates] = {};  // cotangent of y[s]; null: none
   int64_t dy_stride = 0;
   T* dx[kMostInputs];
@@ -44,8 +45,8 @@ struct CellRows {
 
   void (*advance)(const Block<T>&);               // h, y
   void (*advance_with_product)(const Block<T>&);  // h, y, product
-  void (*linearise)(const Block<T>&);             // h, held
-  void (*reverse)(const Block<T>&);               // from held: dx, mu, dparams
+  void (*record)(const Block<T>&);                // h, held
+  void (*reverse)(const Block<T>&);               // from x and held: dx, mu, dparams
   void (*newton)(const Block<T>&);                // a sweep of the textbook form: see rows.simd.cpp
 };
 

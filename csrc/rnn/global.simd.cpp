@@ -48,7 +48,7 @@ struct Sweeps {
       const int64_t left = seq.length() - t0, steps = left < kRnnChunk ? left : kRnnChunk;
       Rows<T> x[kMostInputs];
       for (int g = 0; g < cell.inputs; ++g)
-        x[g] = read_rows(args.x, args.sequences, part(), g, false, t0, steps, x_rows[g],
+        x[g] = read_rows(args.x, args.sequences, part(), g, false, t0, steps, x_rows[g].x,
                          kColumnTile.apart());
       for (int64_t t = 0; t < steps; t += longest) {
         Block<T> b;

@@ -2,6 +2,7 @@
 #include "cells/all.h"
 #include "cells/jacobian.h"
 #include "math/batch.h"
+#include "math/taped.h"
 #include "rnn/cell_rows.h"
 #include "rnn/converged.h"
 
@@ -140,62 +141,95 @@ void advance_with_product(const Block<T>& b) {
   });
 }
 
-// The rows that are held of a step: the states before it, then the derivatives of every new state
-// along the directions on which it depends.
-template <class Cell, class V>
-struct Held {
-  static constexpr int S = Sizes<Cell>::S;
-  static constexpr unsigned D = Sizes<Cell>::all();
+// The rows that are held of a step: the states before it, and what its elementary functions come
+// to.
+template <class V>
+struct Recorder {
+  static constexpr bool replays = false;
+  Number<V>* next;
+  int64_t apart;
 
-  template <int s>
-  static constexpr unsigned mask = kDependsOn<Cell, D, s, V>;
-  template <int s>
-  static constexpr int first() {
-    if constexpr (s == 0)
-      return S;
-    else
-      return first<s - 1>() + count_bits(mask<s - 1>);
+  RECURRA_INLINE void keep(const V& v) {
+    Lanes<V>::store(next, v);
+    next += apart;
   }
-  template <int s, int k>
-  static constexpr bool has = (mask<s> >> k) & 1;
-  template <int s, int k>
-  static constexpr int row = first<s>() + count_bits(mask<s> & ((1u << k) - 1));
-  static constexpr int rows = first<S>();
+};
+template <class V>
+struct Player {
+  static constexpr bool replays = true;
+  const Number<V>* next;
+  int64_t apart;
+
+  RECURRA_INLINE V take() {
+    const V v = Lanes<V>::load(next);
+    next += apart;
+    return v;
+  }
+};
+struct Counter {
+  static constexpr bool replays = false;
+  int count = 0;
+
+  RECURRA_INLINE void keep(float) { ++count; }
 };
 
+template <class V, class Tape, int N>
+RECURRA_INLINE void on_tape(const V (&from)[N], Tape& tape, Taped<V, Tape> (&to)[N]) {
+  for_each_index<N>([&](auto i) RECURRA_LAMBDA { to[i] = {from[i], &tape}; });
+}
+template <class Cell, class V, class Tape>
+struct TapedArguments {
+  using X = Taped<V, Tape>;
+  X x[Sizes<Cell>::G + 1], h[Sizes<Cell>::S], p[Sizes<Cell>::P + 1];
+
+  RECURRA_INLINE TapedArguments(const Arguments<Cell, V>& at, Tape& tape) {
+    on_tape(at.x, tape, x);
+    on_tape(at.h, tape, h);
+    on_tape(at.p, tape, p);
+  }
+};
+
+template <class Cell>
+int held_rows() {
+  using X = Taped<float, Counter>;
+  Counter counter;
+  X numbers[kMostParams];
+  for (X& x : numbers) x = {0.5f, &counter};
+  X next[Sizes<Cell>::S];
+  step<Cell>(numbers, numbers, numbers, next);
+  return Sizes<Cell>::S + counter.count;
+}
+
 template <class Cell, class T>
-void linearise(const Block<T>& b) {
-  using H = Held<Cell, Vec<T>>;
-  constexpr int S = Sizes<Cell>::S, K = Sizes<Cell>::K;
+void record(const Block<T>& b) {
+  constexpr int S = Sizes<Cell>::S;
   for_each_row(b, [&](auto lanes, int64_t t, int64_t c) RECURRA_LAMBDA {
     using L = decltype(lanes);
     using V = decltype(L::load(b.h));
     fetch_inputs<Cell>(b, L::width, t, c);
-    const Arguments<Cell, V> at(b, lanes, t, c);
-    const auto next = step_along<Cell, H::D>(at.x, at.h, at.p);
-    T* const to = b.held + t * H::rows * b.apart + c;
-    for_each_index<S>([&](auto s) RECURRA_LAMBDA {
-      const auto state = get<s.value>(next);
-      L::store(to + s * b.apart, at.h[s]);
-      L::store(b.h + s * b.apart + c, value(state));
-      for_each_index<K>([&](auto k) RECURRA_LAMBDA {
-        if constexpr (H::template has<s.value, k.value>)
-          L::store(to + H::template row<s.value, k.value> * b.apart, tangent<k.value>(state));
-      });
-    });
+    Arguments<Cell, V> at(b, lanes, t, c);
+    T* const to = b.held + t * b.held_rows * b.apart + c;
+    for_each_index<S>([&](auto s) RECURRA_LAMBDA { L::store(to + s * b.apart, at.h[s]); });
+    Recorder<V> tape{to + S * b.apart, b.apart};
+    const TapedArguments<Cell, V, Recorder<V>> on(at, tape);
+    Taped<V, Recorder<V>> next[S];
+    step<Cell>(on.x, on.h, on.p, next);
+    for_each_index<S>([&](auto s) RECURRA_LAMBDA { L::store(b.h + s * b.apart + c, next[s].v); });
   });
 }
 
 template <class Cell, class T>
 void reverse(const Block<T>& b) {
-  using H = Held<Cell, Vec<T>>;
   using V = Vec<T>;
   constexpr int G = Sizes<Cell>::G, S = Sizes<Cell>::S, P = Sizes<Cell>::P;
+  constexpr unsigned D = Sizes<Cell>::all();
   for (int64_t t = b.steps - 1; t >= 0; --t)
     for (int64_t c = 0; c < b.width; c += kLanes) {
-      const T* const held = b.held + t * H::rows * b.apart + c;
+      const T* const held = b.held + t * b.held_rows * b.apart + c;
       V mu[S];
+      Arguments<Cell, V> at(b, Lanes<V>{}, t, c);
       for_each_index<S>([&](auto s) RECURRA_LAMBDA {
+        at.h[s] = V::load(held + s * b.apart);
         mu[s] = V::load(b.mu + s * b.apart + c);
         if (!b.dy[s]) return;
         const T* const dy = b.dy[s] + t * b.dy_stride + c;
@@ -204,12 +238,16 @@ void reverse(const Block<T>& b) {
             prefetch<2>(dy + b.ahead * b.dy_stride + i);
         mu[s] = mu[s] + V::load(dy);
       });
+      Player<V> tape{held + S * b.apart, b.apart};
+      const TapedArguments<Cell, V, Player<V>> on(at, tape);
+      const auto next = step_along<Cell, D>(on.x, on.h, on.p);
       // mu' J along direction k.
       const auto along = [&](auto k) RECURRA_LAMBDA {
         V sum(T(0));
         for_each_index<S>([&](auto s) RECURRA_LAMBDA {
-          if constexpr (H::template has<s.value, k.value>)
-            sum = fma(mu[s], V::load(held + H::template row<s.value, k.value> * b.apart), sum);
+          using State = decltype(get<s.value>(next));
+          if constexpr (kHas<k.value, State>)
+            sum = fma(mu[s], tangent<k.value>(get<s.value>(next)).v, sum);
         });
         return sum;
       };
@@ -230,7 +268,7 @@ void reverse(const Block<T>& b) {
           if constexpr (a.state == kAlone)
             sum = sum + dx[a.input];
           else
-            sum = fma(dx[a.input], V::load(held + a.state * b.apart), sum);
+            sum = fma(dx[a.input], at.h[a.state], sum);
         }
         sum.store(to);
       });
@@ -281,16 +319,16 @@ void newton(const Block<T>& b) {
 }
 
 template <class Cell, class T>
-constexpr CellRows<T> rows_of() {
+CellRows<T> rows_of() {
   CellRows<T> out{};
   out.inputs = kInputs<Cell>;
   out.states = kStates<Cell>;
   out.params = kParams<Cell>;
   out.output = Cell::output;
-  out.held = Held<Cell, Vec<T>>::rows;
+  out.held = held_rows<Cell>();
   out.advance = advance<Cell, T>;
   out.advance_with_product = advance_with_product<Cell, T>;
-  out.linearise = linearise<Cell, T>;
+  out.record = record<Cell, T>;
   out.reverse = reverse<Cell, T>;
   out.newton = newton<Cell, T>;
   return out;
@@ -298,7 +336,7 @@ constexpr CellRows<T> rows_of() {
 
 template <class T, class... Cell>
 const CellRows<T>& pick(int cell, CellList<Cell...>) {
-  static constexpr CellRows<T> table[] = {rows_of<Cell, T>()...};
+  static const CellRows<T> table[] = {rows_of<Cell, T>()...};
   return table[cell];
 }
 

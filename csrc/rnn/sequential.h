@@ -82,14 +82,14 @@ RECURRA_INLINE void for_each_plane(const View<4>& v, const Sequences& sequences,
 
 template <class T>
 Rows<T> read_rows(const View<4>& v, const Sequences& sequences, const Part& part, int64_t g,
-                  bool in_place, int64_t t0, int64_t steps, TileRows<T>& rows, int64_t apart) {
+                  bool in_place, int64_t t0, int64_t steps, T* rows, int64_t apart) {
   if (!v) return {};
   if (in_place) {
     const Plane p = plane(v, sequences[part.n], g, part.c0).at(t0, 0);
     return {reinterpret_cast<T*>(p.data), p.stride_t};
   }
   for_each_plane(v, sequences, part, g, [&](const Plane& p, int64_t channels, int64_t column) {
-    T* const to = rows.x + column;
+    T* const to = rows + column;
     // A row in memory would have a stride of its own, where all inputs share one.
     const Tile<T> tile = load_tile<T>(p.at(t0, 0), steps, channels, to, apart);
     if (tile.data != to)
@@ -97,13 +97,13 @@ Rows<T> read_rows(const View<4>& v, const Sequences& sequences, const Part& part
         for (int64_t c = 0; c < channels; c += kLanes)
           Vec<T>::load(tile.row(t) + c).store(to + t * apart + c);
   });
-  return {rows.x, apart};
+  return {rows, apart};
 }
 template <class T>
 void write_rows(const View<4>& v, const Sequences& sequences, const Part& part, int64_t g,
-                int64_t t0, int64_t steps, const TileRows<T>& rows, int64_t apart, bool stream) {
+                int64_t t0, int64_t steps, const T* rows, int64_t apart, bool stream) {
   for_each_plane(v, sequences, part, g, [&](const Plane& p, int64_t channels, int64_t column) {
-    store_tile<T>(p.at(t0, 0), steps, channels, rows.x + column, apart, stream);
+    store_tile<T>(p.at(t0, 0), steps, channels, rows + column, apart, stream);
   });
 }
 
@@ -200,8 +200,8 @@ void walk_steps(const Rnn& args, const CellRows<T>& cell, const Part& part, int6
                         });
     Rows<T> x[kMostInputs], y[kMostStates];
     for (int g = 0; g < cell.inputs; ++g)
-      x[g] =
-          read_rows(args.x, args.sequences, part, g, in_place, t0, steps, x_rows[g], tile.apart());
+      x[g] = read_rows(args.x, args.sequences, part, g, in_place, t0, steps, x_rows[g].x,
+                       tile.apart());
     for (int s = 0; s < cell.states; ++s) {
       if (!out.wanted[s]) continue;
       const Plane p = out.plane(args, s, part).at(t0, 0);
@@ -230,7 +230,7 @@ void walk_steps(const Rnn& args, const CellRows<T>& cell, const Part& part, int6
     }
     for (int s = 0; s < cell.states && !out.in_place; ++s)
       if (out.wanted[s])
-        write_rows(args.y, args.sequences, part, out.row(args, s), t0, steps, y_rows[s],
+        write_rows(args.y, args.sequences, part, out.row(args, s), t0, steps, y_rows[s].x,
                    tile.apart(), stream);
   }
 }

@@ -25,7 +25,20 @@ struct Reg<float> {
     return _mm256_maskload_ps(p, first(n));
   }
   static RECURRA_INLINE void store_part(float* p, V v, int n) {
-    _mm256_maskstore_ps(p, first(n), v);
+    if (n == width) return store(p, v);
+    // By halves: a masked store takes dozens of cycles on several machines.
+    __m128 part = _mm256_castps256_ps128(v);
+    if (n & 4) {
+      _mm_storeu_ps(p, part);
+      part = _mm256_extractf128_ps(v, 1);
+      p += 4;
+    }
+    if (n & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), part);
+      part = _mm_movehl_ps(part, part);
+      p += 2;
+    }
+    if (n & 1) _mm_store_ss(p, part);
   }
   static RECURRA_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
   static RECURRA_INLINE V sub(V a, V b) { return _mm256_sub_ps(a, b); }
@@ -161,7 +174,14 @@ struct Reg<double> {
     return _mm256_maskload_pd(p, first(n));
   }
   static RECURRA_INLINE void store_part(double* p, V v, int n) {
-    _mm256_maskstore_pd(p, first(n), v);
+    if (n == width) return store(p, v);
+    __m128d part = _mm256_castpd256_pd128(v);
+    if (n & 2) {
+      _mm_storeu_pd(p, part);
+      part = _mm256_extractf128_pd(v, 1);
+      p += 2;
+    }
+    if (n & 1) _mm_store_sd(p, part);
   }
   static RECURRA_INLINE V add(V a, V b) { return _mm256_add_pd(a, b); }
   static RECURRA_INLINE V sub(V a, V b) { return _mm256_sub_pd(a, b); }
