@@ -176,7 +176,7 @@ inline Tile<T> load_tile(const Plane& p, int64_t steps, int64_t channels, T* buf
                          int64_t width) {
   if (rows_in_place<T>(p, channels)) return {reinterpret_cast<T*>(p.data), p.stride_t};
   const int64_t item = item_size(p.dtype);
-  if (p.stride_c == 1) {
+  if (p.stride_c == 1 || channels == 1) {
     const int64_t whole = is_storage<T>(p.dtype) ? channels / kLanes * kLanes : 0;
     if (whole)
       for_storage<T>(p.dtype, [&](auto dtype) RECURRA_LAMBDA {
@@ -188,6 +188,13 @@ inline Tile<T> load_tile(const Plane& p, int64_t steps, int64_t channels, T* buf
             load_stored<T, DType(dtype.value)>(from).store(buffer + t * width + c);
           }
       });
+    if (p.dtype == kDType<T> && whole < channels) {  // the mask is made once
+      const int rest = static_cast<int>(channels - whole);
+      const T* const from = reinterpret_cast<const T*>(p.data) + whole;
+      for (int64_t t = 0; t < steps; ++t)
+        Vec<T>::load(from + t * p.stride_t, rest).store(buffer + t * width + whole);
+      return {buffer, width};
+    }
     for (int64_t t = 0; whole < channels && t < steps; ++t)
       for (int64_t c = whole; c < channels; c += kLanes)
         load_lanes<T>(p.data + (t * p.stride_t + c) * item, p.dtype, at_most_lanes(channels - c))
@@ -326,6 +333,13 @@ inline void store_tile(const Plane& p, int64_t steps, int64_t channels, const T*
             store_stored<T, DType(dtype.value)>(p.data + (t * p.stride_t + c) * item,
                                                 Vec<T>::load(rows + t * width + c), past);
       });
+    if (p.dtype == kDType<T> && whole < channels) {
+      const int rest = static_cast<int>(channels - whole);
+      T* const to = reinterpret_cast<T*>(p.data) + whole;
+      for (int64_t t = 0; t < steps; ++t)
+        Vec<T>::load(rows + t * width + whole).store(to + t * p.stride_t, rest);
+      return;
+    }
     for (int64_t t = 0; whole < channels && t < steps; ++t)
       for (int64_t c = whole; c < channels; c += kLanes)
         store_lanes<T>(p.data + (t * p.stride_t + c) * item, p.dtype,

@@ -402,3 +402,20 @@ def test_gradients_through_the_ops_are_refused():
     assert message.startswith(
         "recurra: rtrl_update has no gradient; use recurra.rtrl.OnlineLearner"
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(dtype):
+    """Schema, fakes and what is written in place, of the three ops behind these functions."""
+    ops = torch.ops.recurra
+    p = Problem("paralstm", B=2, T=7, D=3, N=5, dtype=dtype)
+    x = torch.einsum("gnd,btd->btgn", p.W, p.u) + p.b[None, None]
+    S = [torch.randn_like(s) for s in recurra.rtrl.initial("paralstm", 2, 3, 5, dtype=dtype)]
+    options = {"cell": "paralstm", "reset": p.reset}
+    torch.library.opcheck(ops._rtrl_update, (*S, p.u, x, p.params, p.h0), options)
+    K, G, P = 2, 3, 5
+    sizes = (K, 2, K, 5), (K, 2, 7, G, 5), (K, 2, P, 5)  # of decay, factors and direct
+    derivatives = [torch.randn(size, dtype=dtype) for size in sizes]
+    torch.library.opcheck(ops._rtrl_advance, (*S, p.u, *derivatives))
+    for each in (False, True):
+        torch.library.opcheck(ops._rtrl_gradient, (*S, torch.randn_like(p.h0), each))

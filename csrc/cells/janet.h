@@ -19,7 +19,10 @@ struct Janet {
     auto [h] = states;
     auto [a_f, a_n] = params;
     auto s = fma(a_f, h, x_f);
-    return pack(fma(sigmoid(1 - s), tanh(fma(a_n, h, x_n)), sigmoid(s) * h));
+    auto f = sigmoid(s);
+    auto g = sigmoid(1 - s);
+    auto n = tanh(fma(a_n, h, x_n));
+    return pack(fma(g, n, f * h));
   }
 };
 

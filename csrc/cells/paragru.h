@@ -18,8 +18,8 @@ struct ParaGru {
     auto [x_z, x_r, x_n] = inputs;
     auto [h] = states;
     auto [a_z, a_r, a_n] = params;
+    auto r = sigmoid(fma(a_r, h, x_r));  // first: the candidate waits for it
     auto z = sigmoid(fma(a_z, h, x_z));
-    auto r = sigmoid(fma(a_r, h, x_r));
     auto n = tanh(fma(a_n, h * r, x_n));
     return pack(fma(z, n - h, h));
   }

@@ -14,7 +14,7 @@ constexpr int64_t kApart = kWidest<T> + kLanes;
 constexpr int64_t kAhead = 4;             // steps
 constexpr int64_t kStreamFrom = 8 << 20;  // bytes of output that no cache should hold
 
-// Steps and lanes of a tile: whole rows of few steps where channels are contiguous, and few
+// Steps and lanes of a tile: whole rows of few steps where channels are contiguous and many, and few
 // channels of as many steps as fill lines where they are not. A chunk is whole tiles.
 struct TileShape {
   int64_t steps, widest;
@@ -27,7 +27,8 @@ constexpr TileShape kColumnTile = {kRnnChunk, kRnnColumns};
 template <class T, class... V>
 TileShape tile_shape(const V&... views) {
   if ((... && (!views || is_rows<T>(views)))) return {kRnnChunk, kWidest<T>};
-  return (... && (!views || views.step(3) == 1)) ? kRowTile<T> : kColumnTile;
+  return (... && (!views || (views.step(3) == 1 && views.size[3] > kRnnColumns))) ? kRowTile<T>
+                                                                                  : kColumnTile;
 }
 
 template <class T>
