@@ -37,7 +37,7 @@ inline NewtonShape newton_shape(int64_t channels, int64_t steps) {
 inline bool prefers_newton(int64_t chains, int64_t steps, DType dtype, int64_t states) {
   const int64_t weight = states * states * (dtype == DType::f64 ? 2 : 1);
   const bool few = chains <= 16 && chains * weight <= 128;
-  return few && steps >= std::max<int64_t>(1024, 256 * weight * chains);
+  return few && steps >= std::max<int64_t>(1024, 512 * weight * chains);
 }
 
 }  // namespace recurra

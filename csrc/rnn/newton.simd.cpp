@@ -186,8 +186,11 @@ struct LaneTask {
     };
     if (!turned) {
       for (int64_t k = 0; k < lanes; ++k)
-        for (int64_t g = 0; g < G; ++g)
+        for (int64_t g = 0; g < G; ++g) {
           fill(chunk_of(v, g, 0, k, j), kRnnChunk, nc, x + g * width + column(0, k), G * width);
+          // No machine foresees the next one after those of the other lanes.
+          prefetch_tile(chunk_of(v, g, 0, k, j + 1), kRnnChunk, nc);
+        }
       return;
     }
     Plane turns;
@@ -255,8 +258,23 @@ struct LaneTask {
       max(abs(Vec<T>::load(h + i)), Vec<T>::load(size + i) * Vec<T>(part)).store(size + i);
   }
 
+  // Whether anything is left of the products. What has decayed to nothing stays so, and most cells
+  // forget in a small part of a stretch.
+  bool carries() const {
+    Vec<T> sum(T(0));  // NaN where one is
+    for (int64_t i = 0; i < cell.states * cell.states * width; i += kLanes)
+      sum = sum + abs(Vec<T>::load(product + i));
+    T lanes[kLanes];
+    sum.store(lanes);
+    for (const T lane : lanes)
+      if (lane != T(0)) return true;
+    return false;
+  }
+
   void chunk(Pass pass, int64_t j, int64_t lanes) {
     load(j, lanes);
+    const auto advance =
+        pass == Pass::newton && carries() ? cell.advance_with_product : cell.advance;
     Block<T> b;
     b.width = turned ? width : column(0, lanes);
     b.apart = width;
@@ -273,15 +291,11 @@ struct LaneTask {
       }
       b.steps = run;
       for (int g = 0; g < cell.inputs; ++g) b.x[g] = x + (t * cell.inputs + g) * width;
-      if (pass == Pass::warm_up) {
-        cell.advance(b);
-        continue;
-      }
-      for (int s = 0; s < cell.states; ++s)
+      for (int s = 0; pass == Pass::newton && s < cell.states; ++s)
         if (wanted > 1 || s == cell.output)
           b.y[s] = y + (t * wanted + (wanted > 1 ? s : 0)) * width;
       b.y_stride = wanted * width;
-      cell.advance_with_product(b);
+      advance(b);
     }
     if (pass == Pass::warm_up) return;
     note_sizes(T(0.5));
