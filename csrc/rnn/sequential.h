@@ -14,8 +14,8 @@ constexpr int64_t kApart = kWidest<T> + kLanes;
 constexpr int64_t kAhead = 4;             // steps
 constexpr int64_t kStreamFrom = 8 << 20;  // bytes of output that no cache should hold
 
-// Steps and lanes of a tile: whole rows of few steps where channels are contiguous and many, and few
-// channels of as many steps as fill lines where they are not. A chunk is whole tiles.
+// Steps and lanes of a tile: whole rows of few steps where channels are contiguous and many, and
+// few channels of as many steps as fill lines where they are not. A chunk is whole tiles.
 struct TileShape {
   int64_t steps, widest;
   int64_t apart() const { return widest + kLanes; }
