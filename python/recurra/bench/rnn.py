@@ -4,6 +4,7 @@ Newton's method against the sequential kernel, and whether ``auto`` picks the be
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -156,7 +157,7 @@ _GRID_PICTURE = "rnn-auto.png"
 
 def _auto(with_peers: bool) -> list[Measured]:
     """Both algorithms over a grid of shapes, on one thread and on two, beside what `auto` takes."""
-    every, worst, tables = torch.get_num_threads(), [], {}
+    every, worst, tables, taken = torch.get_num_threads(), [], {}, []
     print(f"  {'':28}sequential ÷ newton; * where auto takes newton; B N down, T across")
     for threads in (1, 2):
         try:
@@ -165,6 +166,7 @@ def _auto(with_peers: bool) -> list[Measured]:
         finally:
             torch.set_num_threads(every)
         tables[threads] = [[ratio for ratio, _ in row] for row in rows]
+        taken = [[newton for _, newton in row] for row in rows]
         print(f"  {threads} threads  " + "".join(f"{steps:>9}" for steps in _GRID_STEPS))
         for chains, row in zip(_GRID_CHAINS, rows, strict=True):
             cells = (f"{ratio:.2f}{'*' if newton else ' '}" for ratio, newton in row)
@@ -173,8 +175,20 @@ def _auto(with_peers: bool) -> list[Measured]:
         within = sum(loss <= 1.15 for loss in lost)
         text = f"{threads} threads, {within} of {len(lost)} points within 15 %"
         worst.append(Measured(max(1.0, *lost), "x the best, at worst", 1.15, text))
+    print("  the steps from which Newton's method is the faster, by both together, and auto's")
+    for i, chains in enumerate(_GRID_CHAINS):
+        both = [
+            math.prod(at) >= 1 for at in zip(*(rows[i] for rows in tables.values()), strict=True)
+        ]
+        print(f"  {chains:9}  {_first(both):>9}{_first(taken[i]):>9}")
     print(f"  {_draw(tables)}")
     return worst
+
+
+def _first(wins: list[bool]) -> str:
+    """The number of steps from which on all are won."""
+    lost = max((i for i, won in enumerate(wins) if not won), default=-1)
+    return "never" if lost + 1 == len(wins) else str(_GRID_STEPS[lost + 1])
 
 
 def _point(chains: int, steps: int) -> tuple[float, bool]:
