@@ -19,6 +19,9 @@ struct Taped {
 
   Taped() = default;
   RECURRA_FN Taped(V x, Tape* t = nullptr) : v(x), tape(t) {}  // NOLINT: a number stands for itself
+  RECURRA_FN Taped(Number<V> x)                                // NOLINT
+    requires(!kSame<V, Number<V>>)
+      : v(V(x)) {}
 };
 
 template <class V, class Tape>
@@ -102,8 +105,10 @@ RECURRA_FN ValueSlope<Taped<V, Tape>> both_through(Tape* tape, const F& f) {
 RECURRA_TAPED Taped<V, Tape> exp(Taped<V, Tape> x) {
   return through<V>(x.tape, [&]() RECURRA_LAMBDA { return exp(x.v); });
 }
-// The smaller of sigmoid(x) and sigmoid(-x) with the sign of x: both, and the slope, to full
-// precision.
+// Its dual takes an exponential for the slope, which the tape would have only the second time.
+RECURRA_TAPED Taped<V, Tape> expm1(Taped<V, Tape> x) = delete;
+// The smaller of sigmoid(x) and sigmoid(-x) with the sign of x, from which both, and the slope,
+// come within a rounding: a step must not choose by the value of a sigmoid.
 RECURRA_TAPED ValueSlope<Taped<V, Tape>> sigmoid_slope(Taped<V, Tape> x) {
   const V zero = V(Number<V>(0)), one = V(Number<V>(1));
   if constexpr (Tape::replays) {
@@ -115,7 +120,8 @@ RECURRA_TAPED ValueSlope<Taped<V, Tape>> sigmoid_slope(Taped<V, Tape> x) {
     return {{select(x.v < zero, s.small, s.large), x.tape}, {s.small * s.large, x.tape}};
   }
 }
-// The slope from the value is exact to a rounding of 1, where the slope itself may be small.
+// The slope from the value, 1 - t^2, is exact to a rounding of 1, as torch's own is: where float32
+// has 1 for tanh, from 9 on, it is 0.
 RECURRA_TAPED ValueSlope<Taped<V, Tape>> tanh_slope(Taped<V, Tape> x) {
   const auto t = through<V>(x.tape, [&]() RECURRA_LAMBDA { return tanh(x.v); });
   return {t, {fma(-t.v, t.v, V(Number<V>(1))), x.tape}};

@@ -258,8 +258,8 @@ struct LaneTask {
       max(abs(Vec<T>::load(h + i)), Vec<T>::load(size + i) * Vec<T>(part)).store(size + i);
   }
 
-  // Whether anything is left of the products. What has decayed to nothing stays so, and most cells
-  // forget in a small part of a stretch.
+  // Whether anything is left of the products. What has decayed to nothing stays so, whatever
+  // Jacobians follow, and most cells forget in a small part of a stretch.
   bool carries() const {
     Vec<T> sum(T(0));  // NaN where one is
     for (int64_t i = 0; i < cell.states * cell.states * width; i += kLanes)

@@ -53,7 +53,7 @@ RECURRA_INLINE void for_each_row(const Block<T>& b, const F& f) {
 
 template <class Cell>
 struct Sizes {
-  static constexpr int G = kInputs<Cell>, S = kStates<Cell>, P = kParams<Cell>, K = G + S + P;
+  static constexpr int G = kInputs<Cell>, S = kStates<Cell>, P = kParams<Cell>;
   static_assert(G <= kMostInputs && S <= kMostStates && P <= kMostParams);
 
   static constexpr unsigned states = ((1u << S) - 1) << G;
@@ -207,7 +207,7 @@ void record(const Block<T>& b) {
     using L = decltype(lanes);
     using V = decltype(L::load(b.h));
     fetch_inputs<Cell>(b, L::width, t, c);
-    Arguments<Cell, V> at(b, lanes, t, c);
+    const Arguments<Cell, V> at(b, lanes, t, c);
     T* const to = b.held + t * b.held_rows * b.apart + c;
     for_each_index<S>([&](auto s) RECURRA_LAMBDA { L::store(to + s * b.apart, at.h[s]); });
     Recorder<V> tape{to + S * b.apart, b.apart};
