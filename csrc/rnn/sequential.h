@@ -24,11 +24,11 @@ template <class T>
 constexpr TileShape kRowTile = {8, kWidest<T>};
 constexpr TileShape kColumnTile = {kRnnChunk, kRnnColumns};
 
-template <class T, class... V>
-TileShape tile_shape(const V&... views) {
-  if ((... && (!views || is_rows<T>(views)))) return {kRnnChunk, kWidest<T>};
-  return (... && (!views || (views.step(3) == 1 && views.size[3] > kRnnColumns))) ? kRowTile<T>
-                                                                                  : kColumnTile;
+template <class T>
+TileShape tile_shape(const View<4>& x, const View<4>& y) {
+  if (is_rows<T>(x) && is_rows<T>(y)) return {kRnnChunk, kWidest<T>};
+  const bool wide = x.step(3) == 1 && y.step(3) == 1 && x.size[3] > kRnnColumns;
+  return wide ? kRowTile<T> : kColumnTile;
 }
 
 template <class T>

@@ -136,7 +136,7 @@ def dyck(depth: int) -> Language:
 
     def recognise(s: str) -> bool:
         for _ in range(depth):  # each time the innermost pairs of all
-            s = re.sub(r"\((?:\.)*\)", ".", s)
+            s = re.sub(r"\(\.*\)", ".", s)
         return set(s) <= {"."}
 
     return Language(f"dyck-1-{depth}", "()", (*table, (dead, dead)), frozenset({0}), recognise)
