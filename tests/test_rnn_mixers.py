@@ -152,8 +152,8 @@ def test_what_is_wrong_with_a_configuration_is_named(tmp_path):
 
     refused("cell must be one of elstm, indrnn", mixer={"cell": "gru"})
     refused("cell must be str, got 3 (int)", mixer={"cell": 3})
-    refused("the kind of mixer must be rnn, got 'attention'", mixer={"kind": "attention"})
-    refused("the kind of mixer must be rnn, got ['rnn']", mixer={"kind": ["rnn"]})
+    refused("the kind of mixer must be mamba, rnn", mixer={"kind": "transformer"})
+    refused("got ['rnn']", mixer={"kind": ["rnn"]})
     refused("mixer must be an object, got 'rnn'", mixer="rnn")
     refused("has cell, expand, d_conv, gate, got 'depth'", mixer={"depth": 3})
     refused("expand must be from 0.001 to 1024.0, got -1", mixer={"expand": -1})

@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections import Counter
+
+import torch
+from torch import nn
 
 from recurra._files import shown
-from recurra.nn import MambaConfig, RNNConfig
+from recurra.nn import FFNS, MIXERS, MambaConfig, MixerConfig, RNNConfig
 from recurra.nn._config import check_fields
+from recurra.nn.norm import NORMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +24,17 @@ class LMConfig:
         vocab_size: tokens; 256 for bytes.
         d_model: width of the residual stream.
         n_layers: blocks.
-        mixer: the mixer of every block.
+        mixer: the mixer of every block, or a tuple of those that the pattern names.
+        pattern: a letter for each block, begun anew where there are more blocks, such as "RRA";
+            letters are those of ``recurra.nn.MIXERS``, and a mixer that ``mixer`` does not hold
+            has its default configuration. Empty where all blocks have the same mixer.
+        ffn: what each block does after its mixer, a configuration of ``recurra.nn.FFNS``; None
+            for nothing.
+        norm: rms; gemma, whose weight is 1 more than the parameter; or layer.
         norm_eps: added to the mean square in the norms.
+        embed_norm: whether the embedding is normed before the first block.
+        embed_scale: factor of the embedding.
+        logits_soft_cap: c of c tanh(logits / c); 0 for none.
         tie_embeddings: whether the head is the transposed embedding.
         residual_in_fp32: whether the residual stream of a 16-bit model is float32.
         eos_token_ids: tokens that end a text.
@@ -32,8 +46,14 @@ class LMConfig:
     vocab_size: int = 256
     d_model: int = 256
     n_layers: int = 4
-    mixer: MambaConfig | RNNConfig = MambaConfig()
+    mixer: MixerConfig | tuple = MambaConfig()
+    pattern: str = ""
+    ffn: MixerConfig | None = None
+    norm: str = "rms"
     norm_eps: float = 1e-5
+    embed_norm: bool = False
+    embed_scale: float = 1.0
+    logits_soft_cap: float = 0.0
     tie_embeddings: bool = True
     residual_in_fp32: bool = True
     eos_token_ids: tuple = ()
@@ -45,7 +65,19 @@ class LMConfig:
             d_model=(1, 1 << 20),
             n_layers=(1, 4096),
             norm_eps=(0.0, 1.0),
+            embed_scale=(0.0, 1e6),
+            logits_soft_cap=(0.0, 1e6),
         )
+        if self.norm not in NORMS:
+            raise ValueError(
+                f"LMConfig: norm must be one of {', '.join(NORMS)}, got {self.norm:.100}"
+            )
+        if self.ffn is not None and type(self.ffn) not in FFNS:
+            raise ValueError(
+                f"LMConfig: ffn must be one of {', '.join(f.__name__ for f in FFNS)}, "
+                f"got {shown(self.ffn)}"
+            )
+        self._check_mixers()
         for token in self.eos_token_ids:
             if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise ValueError(
@@ -53,11 +85,61 @@ class LMConfig:
                     f"got {shown(token)}"
                 )
 
+    def _check_mixers(self) -> None:
+        given = self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)
+        for mixer in given:
+            if type(mixer) not in MIXERS:
+                raise ValueError(
+                    f"LMConfig: mixer must be one of {', '.join(m.__name__ for m in MIXERS)}, "
+                    f"got {shown(mixer)}"
+                )
+        if not self.pattern:
+            if isinstance(self.mixer, tuple):
+                raise ValueError("LMConfig: several mixers need a pattern of their letters")
+            return
+        if len(self.pattern) > 4096:
+            raise ValueError(
+                f"LMConfig: pattern must have at most 4096 letters, got {len(self.pattern)}"
+            )
+        for letter in self.pattern:
+            if letter not in _LETTERS:
+                known = ", ".join(f"{k} ({m.kind})" for k, m in _LETTERS.items())
+                raise ValueError(
+                    f"LMConfig: pattern must be of the letters {known}, got {shown(letter)}"
+                )
+        if isinstance(self.mixer, tuple) and len({m.letter for m in given}) < len(given):
+            raise ValueError("LMConfig: mixer must not hold two of one letter")
+
+    def mixers(self) -> list[MixerConfig]:
+        """The mixer of each block."""
+        if not self.pattern:
+            return [self.mixer] * self.n_layers
+        given = self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)
+        by_letter = {m.letter: m for m in given}
+        made = {x: by_letter.get(x) or _LETTERS[x]() for x in set(self.pattern)}
+        return [made[self.pattern[i % len(self.pattern)]] for i in range(self.n_layers)]
+
+    def make_norm(self) -> nn.Module:
+        """A norm of the residual stream."""
+        return NORMS[self.norm](self.d_model, eps=self.norm_eps)
+
+    def make_shared(self) -> nn.ModuleDict:
+        """What mixers of one kind have in common, by their kind."""
+        counts = Counter(self.mixers()).items()
+        made = {mixer.kind: mixer.shared(self.d_model, count) for mixer, count in counts}
+        return nn.ModuleDict({kind: module for kind, module in made.items() if module is not None})
+
     def parameter_count(self) -> int:
         """Numbers in a model of this configuration, the tied head counted once."""
-        block = self.d_model + self.mixer.parameter_count(self.d_model)
-        ends = (1 if self.tie_embeddings else 2) * self.vocab_size * self.d_model + self.d_model
-        return self.n_layers * block + ends
+        norm = (2 if self.norm == "layer" else 1) * self.d_model
+        total = (1 if self.tie_embeddings else 2) * self.vocab_size * self.d_model
+        total += norm * (1 + self.embed_norm + self.n_layers * (1 + (self.ffn is not None)))
+        if self.ffn is not None:
+            total += self.n_layers * self.ffn.parameter_count(self.d_model)
+        for mixer, count in Counter(self.mixers()).items():
+            total += count * mixer.parameter_count(self.d_model)
+        with torch.device("meta"):
+            return total + sum(p.numel() for p in self.make_shared().parameters())
 
     def check_memory(self, bytes_per_parameter: int = 4) -> None:
         """Raises ValueError where the parameters alone exceed the memory of this machine."""
@@ -68,6 +150,9 @@ class LMConfig:
                 f"LMConfig: a model of these sizes has {needed / 2**30:.4g} GiB of parameters, "
                 f"this machine has {there / 2**30:.4g} GiB of memory"
             )
+
+
+_LETTERS = {mixer.letter: mixer for mixer in MIXERS}
 
 
 def _machine_memory() -> float:

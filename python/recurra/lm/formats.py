@@ -11,7 +11,7 @@ import torch
 
 from recurra._files import shown
 from recurra.lm.config import LMConfig
-from recurra.nn import MambaConfig, RNNConfig
+from recurra.nn import FFNS, MIXERS, MambaConfig
 
 # Our names by those of transformers' MambaConfig, whose defaults a config.json may leave out.
 _FIELDS = {
@@ -30,8 +30,9 @@ _MIXER_FIELDS = {
     "use_bias": ("bias", False),
     "use_conv_bias": ("conv_bias", True),
 }
-# The mixers that transformers does not know, by what a config.json calls them.
-_MIXERS = {"rnn": RNNConfig}
+# By what a config.json calls them.
+_MIXERS = {mixer.kind: mixer for mixer in MIXERS}
+_FFNS = {ffn.kind: ffn for ffn in FFNS}
 
 
 def config_from_dict(values: dict[str, Any]) -> LMConfig:
@@ -51,14 +52,22 @@ def config_from_dict(values: dict[str, Any]) -> LMConfig:
 def config_to_dict(config: LMConfig, dtype: torch.dtype) -> dict[str, Any]:
     """What a config.json says of this configuration."""
     common = {"dtype": str(dtype).removeprefix("torch.")}
-    if isinstance(config.mixer, MambaConfig):
+    if _is_mamba(config):
         return _to_mamba(config) | common
     return _to_recurra(config) | common
 
 
+def _is_mamba(config: LMConfig) -> bool:
+    """Whether this is a model that transformers calls Mamba."""
+    if not isinstance(config.mixer, MambaConfig):
+        return False
+    fields = {name: getattr(config, name) for name, _ in _FIELDS.values()}
+    return config == LMConfig(mixer=config.mixer, eos_token_ids=config.eos_token_ids, **fields)
+
+
 def stored_name(config: LMConfig, name: str) -> str:
     """What the file of weights calls one of our parameters."""
-    if not isinstance(config.mixer, MambaConfig) or name.startswith("lm_head."):
+    if not _is_mamba(config) or name.startswith("lm_head."):
         return name
     return f"backbone.{name}"
 
@@ -112,29 +121,50 @@ def _to_end_tokens(config: LMConfig) -> int | list[int] | None:
     return list(ends) if len(ends) > 1 else ends[0] if ends else None
 
 
-_OWN = [f.name for f in dataclasses.fields(LMConfig) if f.name not in ("mixer", "eos_token_ids")]
+_OWN = [
+    f.name for f in dataclasses.fields(LMConfig) if f.name not in ("mixer", "ffn", "eos_token_ids")
+]
+
+
+def _part(name: str, given: Any, known: dict[str, Any]) -> Any:
+    """The configuration of a mixer or a feed-forward layer."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{name} must be an object, got {shown(given)}")
+    kind = given.get("kind")
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(f"the kind of {name} must be {', '.join(known)}, got {shown(kind)}")
+    fields = [f.name for f in dataclasses.fields(known[kind])]
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k != "kind"}
+    if unknown := sorted(set(values) - set(fields)):
+        raise ValueError(
+            f"a {name} of kind {kind} has {', '.join(fields)}, got {shown(unknown[0])}"
+        )
+    return known[kind](**values)
 
 
 def _from_recurra(values: dict[str, Any]) -> LMConfig:
-    mixer = values.get("mixer")
-    if not isinstance(mixer, dict):
-        raise ValueError(f"mixer must be an object, got {shown(mixer)}")
-    kind = mixer.get("kind")
-    if not isinstance(kind, str) or kind not in _MIXERS:
-        raise ValueError(f"the kind of mixer must be {', '.join(_MIXERS)}, got {shown(kind)}")
-    known = [f.name for f in dataclasses.fields(_MIXERS[kind])]
-    given = {k: v for k, v in mixer.items() if k != "kind"}
-    if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"a mixer of this kind has {', '.join(known)}, got {shown(unknown[0])}")
+    given = values.get("mixer")
+    if isinstance(given, list):
+        if len(given) > len(_MIXERS):
+            raise ValueError(f"mixer must hold at most {len(_MIXERS)}, got {len(given)}")
+        mixer = tuple(_part("mixer", each, _MIXERS) for each in given)
+    else:
+        mixer = _part("mixer", given, _MIXERS)
+    ffn = values.get("ffn")
+    ffn = None if ffn is None else _part("ffn", ffn, _FFNS)
     ends = _end_tokens(values.get("eos_token_id"), values.get("vocab_size"))
     rest = {name: values[name] for name in _OWN if name in values}
-    return LMConfig(mixer=_MIXERS[kind](**given), eos_token_ids=ends, **rest)
+    return LMConfig(mixer=mixer, ffn=ffn, eos_token_ids=ends, **rest)
 
 
 def _to_recurra(config: LMConfig) -> dict[str, Any]:
-    kind = next(k for k, mixer in _MIXERS.items() if isinstance(config.mixer, mixer))
+    def part(each: Any) -> dict[str, Any]:
+        return {"kind": each.kind} | dataclasses.asdict(each)
+
+    many = isinstance(config.mixer, tuple)
     return {
         "model_type": "recurra",
-        "mixer": {"kind": kind} | dataclasses.asdict(config.mixer),
+        "mixer": [part(m) for m in config.mixer] if many else part(config.mixer),
+        "ffn": config.ffn and part(config.ffn),
         "eos_token_id": _to_end_tokens(config),
     } | {name: getattr(config, name) for name in _OWN}

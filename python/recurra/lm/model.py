@@ -1,46 +1,70 @@
-"""The language model: an embedding, blocks of norm, mixer and residual, a head."""
+"""The language model: an embedding, blocks of norms, mixers and residuals, a head."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurra.lm.config import CONFIGS, LMConfig
-from recurra.nn import MambaState, RMSNorm, RNNState
+from recurra.nn import MixerConfig
 from recurra.ops.linear_step import linear_step
 
-MixerState = MambaState | RNNState
-LMState = list[MixerState]
+# One entry for each mixer and each feed-forward layer that remembers something, in their order; a
+# tuple of tensors by name.
+LMState = list[Any]
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x))."""
+    """x + mixer(norm(x)), and the same with a feed-forward layer where there is one."""
 
-    def __init__(self, config: LMConfig):
+    def __init__(self, config: LMConfig, mixer: MixerConfig):
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mixer = config.mixer.make(config.d_model)
+        self.norm = config.make_norm()
+        self.mixer = mixer.make(config.d_model)
+        if config.ffn is not None:
+            self.ffn_norm = config.make_norm()
+            self.ffn = config.ffn.make(config.d_model)
 
-    def _residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        normed = self.norm(x.to(self.norm.weight.dtype))
+    def parts(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Each norm with what follows it."""
+        first = (self.norm, self.mixer)
+        return [first, (self.ffn_norm, self.ffn)] if hasattr(self, "ffn") else [first]
+
+    def stateful(self) -> list[nn.Module]:
+        """What remembers something."""
+        return [part for _, part in self.parts() if getattr(part, "stateful", True)]
+
+    def _residual(self, x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        normed = norm(x.to(norm.weight.dtype))
         return (x.float() if self.residual_in_fp32 and x.dtype.itemsize == 2 else x), normed
 
     def forward(
-        self, x: Tensor, state: MixerState | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, MixerState]:
-        x, normed = self._residual(x)
-        y, state = self.mixer(normed, state, cu_seqlens=cu_seqlens)
-        return x + y, state
+        self, x: Tensor, states: Iterator[Any], cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, LMState]:
+        after = []
+        for norm, part in self.parts():
+            x, normed = self._residual(x, norm)
+            stateful = getattr(part, "stateful", True)
+            y, state = part(normed, next(states) if stateful else None, cu_seqlens=cu_seqlens)
+            x = x + y
+            if stateful:
+                after.append(state)
+        return x, after
 
-    def step(self, x: Tensor, state: MixerState) -> Tensor:
-        x, normed = self._residual(x)
-        return x + self.mixer.step(normed, state)
+    def step(self, x: Tensor, states: Iterator[Any]) -> Tensor:
+        for norm, part in self.parts():
+            x, normed = self._residual(x, norm)
+            x = x + part.step(normed, next(states) if getattr(part, "stateful", True) else None)
+        return x
 
 
 class LM(nn.Module):
@@ -65,8 +89,16 @@ class LM(nn.Module):
             config.check_memory(torch.get_default_dtype().itemsize)
         self.config = config
         self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+        if config.embed_norm:
+            self.embed_norm = config.make_norm()
+        mixers = config.mixers()
+        self.layers = nn.ModuleList(Block(config, mixer) for mixer in mixers)
+        self.shared = config.make_shared()
+        for kind, module in self.shared.items():
+            same = [b.mixer for b, m in zip(self.layers, mixers, strict=True) if m.kind == kind]
+            for index, mixer in enumerate(same):
+                mixer.share(module, index)
+        self.norm_f = config.make_norm()
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.reset_parameters()
         if config.tie_embeddings:
@@ -75,28 +107,46 @@ class LM(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Embedding and head normal with deviation 0.02; projections back into the residual stream
-        smaller by the root of the number of layers, as in GPT-2; the rest as the mixers say."""
+        smaller by the root of their number, as in GPT-2; the rest as the mixers say."""
         if self.norm_f.weight.is_meta:  # takes its time even where there is nothing to fill
             return
-        for block in self.layers:
-            block.norm.reset_parameters()
-            block.mixer.reset_parameters()
-            block.mixer.out_proj.weight.div_(math.sqrt(len(self.layers)))
+        parts = [part for block in self.layers for part in block.parts()]
+        for norm, part in parts:
+            norm.reset_parameters()
+            part.reset_parameters()
+            part.out_proj.weight.div_(math.sqrt(len(parts)))
+        for module in self.shared.values():
+            module.reset_parameters()
+        if self.config.embed_norm:
+            self.embed_norm.reset_parameters()
         self.norm_f.reset_parameters()
         for weight in (self.embeddings.weight, self.lm_head.weight):
             nn.init.normal_(weight, std=0.02)
 
     def initial_state(self, batch: int) -> LMState:
         """The state before the first token of ``batch`` sequences."""
-        return [block.mixer.initial_state(batch) for block in self.layers]
+        return [part.initial_state(batch) for part in self._stateful()]
+
+    def _stateful(self) -> list[nn.Module]:
+        return [part for block in self.layers for part in block.stateful()]
+
+    def _embed(self, tokens: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+        x = self.embeddings(tokens) if inputs_embeds is None else inputs_embeds
+        if self.config.embed_scale != 1:
+            x = x * self.config.embed_scale
+        return self.embed_norm(x) if self.config.embed_norm else x
+
+    def _cap(self, logits: Tensor) -> Tensor:
+        cap = self.config.logits_soft_cap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def use_ops(self, ops: object) -> None:
         """Computes with the functions of another namespace, such as ``recurra.reference``."""
         # The functions alone: a module cannot be copied with the model.
         names = (name for name in vars(ops) if callable(getattr(ops, name)))
         chosen = SimpleNamespace(**{name: getattr(ops, name) for name in names})
-        for block in self.layers:
-            block.mixer.ops = chosen
+        for part in self._stateful():
+            part.ops = chosen
 
     def forward(
         self,
@@ -132,20 +182,22 @@ class LM(nn.Module):
         """
         if (tokens is None) == (inputs_embeds is None):
             raise ValueError("LM: give either tokens or inputs_embeds")
-        if state is not None and len(state) != len(self.layers):
-            raise ValueError(f"LM: the state must have {len(self.layers)} layers, got {len(state)}")
-        x = self.embeddings(tokens) if inputs_embeds is None else inputs_embeds
+        count = len(self._stateful())
+        if state is not None and len(state) != count:
+            raise ValueError(f"LM: the state must have {count} layers, got {len(state)}")
+        x = self._embed(tokens, inputs_embeds)
+        before = repeat(None) if state is None else iter(state)
         states: LMState = []
         hidden = []
-        for i, block in enumerate(self.layers):
-            x, after = block(x, state[i] if state else None, cu_seqlens)
-            states.append(after)
+        for block in self.layers:
+            x, after = block(x, before, cu_seqlens)
+            states += after
             if return_hidden:
                 hidden.append(x)
         if last_only:
             x = x[:, -1:] if cu_seqlens is None else x[0, cu_seqlens[1:] - 1, None]
         x = self.norm_f(x)
-        logits = F.linear(x.to(self.lm_head.weight.dtype), self.lm_head.weight)
+        logits = self._cap(F.linear(x.to(self.lm_head.weight.dtype), self.lm_head.weight))
         if return_hidden:
             hidden.append(x)
             return logits, states, tuple(hidden)
@@ -162,10 +214,12 @@ class LM(nn.Module):
         Returns:
             (B, vocab_size).
         """
-        x = self.embeddings(tokens)
-        for block, s in zip(self.layers, state, strict=True):
-            x = block.step(x, s)
-        return linear_step(self.norm_f(x).to(self.lm_head.weight.dtype), self.lm_head.weight)
+        x = self._embed(tokens)
+        states = iter(state)
+        for block in self.layers:
+            x = block.step(x, states)
+        x = self.norm_f(x).to(self.lm_head.weight.dtype)
+        return self._cap(linear_step(x, self.lm_head.weight))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> LM:

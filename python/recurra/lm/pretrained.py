@@ -16,7 +16,7 @@ from recurra import _files
 from recurra._files import CheckpointError
 from recurra.lm.config import LMConfig
 from recurra.lm.formats import config_from_dict, config_to_dict, our_name, stored_name
-from recurra.lm.model import LM
+from recurra.lm.model import LM, Block
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -93,14 +93,20 @@ def check(folder: Path) -> tuple[LMConfig, list[Path]]:
 @functools.lru_cache(8)
 def _shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of the parameters by name, the tied head left out."""
+    mixers = config.mixers()
     with torch.device("meta"):
-        # Thousands of layers would take long to make even without memory.
-        one = LM(dataclasses.replace(config, n_layers=1))
+        # Thousands of layers would take long to make even without memory: one of each.
+        blocks = {mixer: Block(config, mixer).state_dict() for mixer in set(mixers)}
+        shared = config.make_shared().state_dict()
+        ends = LM(dataclasses.replace(config, n_layers=1)).state_dict()
     shapes = {}
-    for name, p in one.state_dict().items():
-        _, first, rest = name.rpartition("layers.0.")
-        for layer in range(config.n_layers if first else 1):
-            shapes[f"layers.{layer}.{rest}" if first else name] = tuple(p.shape)
+    for name, p in ends.items():
+        if name.startswith("layers.") and "layers.0.norm.weight" not in shapes:
+            for layer, mixer in enumerate(mixers):
+                shapes |= {f"layers.{layer}.{k}": tuple(v.shape) for k, v in blocks[mixer].items()}
+            shapes |= {f"shared.{k}": tuple(v.shape) for k, v in shared.items()}
+        elif not name.startswith(("layers.", "shared.")):
+            shapes[name] = tuple(p.shape)
     if config.tie_embeddings:
         del shapes["lm_head.weight"]
     return shapes

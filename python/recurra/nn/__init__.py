@@ -5,8 +5,28 @@ A mixer is a module with ``forward(x, state=None, *, cu_seqlens=None) -> (y, sta
 steps give the same results.
 """
 
+from recurra.nn._config import MixerConfig
+from recurra.nn.ffn import GLU, GLUConfig
 from recurra.nn.mamba import Mamba, MambaConfig, MambaState
 from recurra.nn.norm import RMSNorm
 from recurra.nn.rnn import RNN, RNNConfig, RNNState
 
-__all__ = ["RNN", "Mamba", "MambaConfig", "MambaState", "RMSNorm", "RNNConfig", "RNNState"]
+__all__ = [
+    "FFNS",
+    "GLU",
+    "MIXERS",
+    "RNN",
+    "GLUConfig",
+    "Mamba",
+    "MambaConfig",
+    "MambaState",
+    "MixerConfig",
+    "RMSNorm",
+    "RNNConfig",
+    "RNNState",
+]
+
+# The configurations of all mixers.
+MIXERS: tuple[type[MixerConfig], ...] = (MambaConfig, RNNConfig)
+# Those of the feed-forward layers.
+FFNS: tuple[type[MixerConfig], ...] = (GLUConfig,)

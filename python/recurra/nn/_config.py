@@ -1,12 +1,58 @@
-"""Checks of configurations, in one sentence each."""
+"""What the configurations of mixers have in common, and their checks, in one sentence each."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
+
+import torch
+from torch import nn
 
 from recurra._files import shown
+
+
+@dataclasses.dataclass(frozen=True)
+class MixerConfig:
+    """What makes a mixer at any width of the model.
+
+    Attributes:
+        kind: what a config.json calls it.
+        letter: what a pattern calls it.
+    """
+
+    kind: ClassVar[str]
+    letter: ClassVar[str]
+
+    def make(self, d_model: int) -> nn.Module:
+        """The mixer."""
+        raise NotImplementedError
+
+    def shared(self, d_model: int, count: int) -> nn.Module | None:
+        """What ``count`` mixers of this kind in one model have in common, if anything; each is
+        then given it with ``share(module, index)``."""
+        return None
+
+    def parameter_count(self, d_model: int) -> int:
+        """Numbers in a mixer of this width."""
+        with torch.device("meta"):
+            return sum(p.numel() for p in self.make(d_model).parameters())
+
+
+def check_eig_range(config: Any) -> None:
+    """Checks ``config.eig_range``, between which the gates lie: from at least -1 to 1, with 0 in
+    it.
+
+    Raises:
+        ValueError: it is not that.
+    """
+    given = config.eig_range
+    numbers = isinstance(given, tuple) and [type(x) in (int, float) for x in given] == [True, True]
+    if not numbers or not -1 <= given[0] <= 0 or given[1] != 1:
+        raise ValueError(
+            f"{type(config).__name__}: eig_range must be (low, 1) with low from -1 to 0, "
+            f"got {shown(given)}"
+        )
 
 
 def check_fields(config: Any, **ranges: tuple[float, float]) -> None:

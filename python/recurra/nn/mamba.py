@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from recurra import ops
 from recurra._check import state_dtype
-from recurra.nn._config import check_fields
+from recurra.nn._config import MixerConfig, check_fields
 from recurra.ops.linear_step import linear_step
 
 
 @dataclasses.dataclass(frozen=True)
-class MambaConfig:
+class MambaConfig(MixerConfig):
     """Sizes of a :class:`Mamba` mixer.
 
     Attributes:
@@ -31,6 +31,9 @@ class MambaConfig:
     Raises:
         ValueError: a size is out of range.
     """
+
+    kind: ClassVar[str] = "mamba"
+    letter: ClassVar[str] = "M"
 
     d_state: int = 16
     expand: float = 2

@@ -1,6 +1,8 @@
-"""The norm in front of every mixer."""
+"""The norms in front of mixers."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -26,3 +28,25 @@ class RMSNorm(nn.RMSNorm):
         weight = self.weight
         # Beside a 16-bit weight a wider residual stream stays as it is.
         return rms_norm(x, weight if weight.dtype == x.dtype else weight.to(x.dtype), self.eps)
+
+
+class GemmaNorm(RMSNorm):
+    """The same with 1 added to the weight, which begins at 0, as in Gemma and RecurrentGemma."""
+
+    def reset_parameters(self) -> None:
+        """Zeros."""
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norms (B, T, width) or (B, width), in the dtype of ``x``."""
+        # 1 + weight would lose most bits of a 16-bit weight.
+        weight = (self.weight.float() if x.dtype.itemsize < 8 else self.weight) + 1
+        return rms_norm(x, weight, self.eps)
+
+
+# By what a configuration calls them; each is made of a width and what is added to the mean square.
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "rms": RMSNorm,
+    "gemma": GemmaNorm,
+    "layer": nn.LayerNorm,
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from recurra import ops
 from recurra._check import state_dtype
-from recurra.nn._config import check_fields
+from recurra.nn._config import MixerConfig, check_fields
 from recurra.ops.linear_step import linear_step
 from recurra.ops.rnn import cells
 
 
 @dataclasses.dataclass(frozen=True)
-class RNNConfig:
+class RNNConfig(MixerConfig):
     """Sizes of an :class:`RNN` mixer.
 
     Attributes:
@@ -31,6 +31,9 @@ class RNNConfig:
     Raises:
         ValueError: the cell is unknown, or a size is out of range.
     """
+
+    kind: ClassVar[str] = "rnn"
+    letter: ClassVar[str] = "N"
 
     cell: str = "paragru"
     expand: float = 1
