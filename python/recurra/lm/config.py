@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 from recurra._files import shown
-from recurra.nn import FFNS, MIXERS, MambaConfig, MixerConfig, RNNConfig
+from recurra.nn import (
+    FFNS,
+    MIXERS,
+    MambaConfig,
+    MixerConfig,
+    RNNConfig,
+    RWKV4ChannelConfig,
+    RWKV4Config,
+)
 from recurra.nn._config import check_fields
 from recurra.nn.norm import NORMS
 
@@ -171,6 +179,17 @@ def _rnn(cell: str) -> LMConfig:
     return LMConfig(mixer=RNNConfig(cell))
 
 
+def _rwkv4(**sizes: int) -> LMConfig:
+    return LMConfig(
+        mixer=RWKV4Config(),
+        ffn=RWKV4ChannelConfig(),
+        norm="layer",
+        embed_norm=True,
+        tie_embeddings=False,
+        **sizes,
+    )
+
+
 CONFIGS: dict[str, LMConfig] = {
     "tiny": LMConfig(),
     "small": LMConfig(d_model=512, n_layers=8),
@@ -186,4 +205,5 @@ CONFIGS: dict[str, LMConfig] = {
     "sru": _rnn("sru"),
     "lem": _rnn("lem"),
     "slstm": _rnn("slstm"),
+    "rwkv4": _rwkv4(),
 }

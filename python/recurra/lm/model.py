@@ -111,6 +111,9 @@ class LM(nn.Module):
         if self.norm_f.weight.is_meta:  # takes its time even where there is nothing to fill
             return
         parts = [part for block in self.layers for part in block.parts()]
+        for layer, block in enumerate(self.layers):
+            for _, part in block.parts():
+                part.place = (layer, len(self.layers))  # RWKV begins otherwise in every layer
         for norm, part in parts:
             norm.reset_parameters()
             part.reset_parameters()

@@ -10,12 +10,21 @@ from recurra.nn.ffn import GLU, GLUConfig
 from recurra.nn.mamba import Mamba, MambaConfig, MambaState
 from recurra.nn.norm import RMSNorm
 from recurra.nn.rnn import RNN, RNNConfig, RNNState
+from recurra.nn.rwkv4 import (
+    RWKV4,
+    RWKV4Channel,
+    RWKV4ChannelConfig,
+    RWKV4ChannelState,
+    RWKV4Config,
+    RWKV4State,
+)
 
 __all__ = [
     "FFNS",
     "GLU",
     "MIXERS",
     "RNN",
+    "RWKV4",
     "GLUConfig",
     "Mamba",
     "MambaConfig",
@@ -24,9 +33,14 @@ __all__ = [
     "RMSNorm",
     "RNNConfig",
     "RNNState",
+    "RWKV4Channel",
+    "RWKV4ChannelConfig",
+    "RWKV4ChannelState",
+    "RWKV4Config",
+    "RWKV4State",
 ]
 
 # The configurations of all mixers.
-MIXERS: tuple[type[MixerConfig], ...] = (MambaConfig, RNNConfig)
+MIXERS: tuple[type[MixerConfig], ...] = (MambaConfig, RNNConfig, RWKV4Config)
 # Those of the feed-forward layers.
-FFNS: tuple[type[MixerConfig], ...] = (GLUConfig,)
+FFNS: tuple[type[MixerConfig], ...] = (GLUConfig, RWKV4ChannelConfig)

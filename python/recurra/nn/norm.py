@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurra.ops.rms_norm import rms_norm
@@ -44,9 +45,18 @@ class GemmaNorm(RMSNorm):
         return rms_norm(x, weight, self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    """That of torch, where a wider residual stream stays as it is beside 16-bit parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norms (..., width), in the dtype of ``x``."""
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 # By what a configuration calls them; each is made of a width and what is added to the mean square.
 NORMS: dict[str, Callable[..., nn.Module]] = {
     "rms": RMSNorm,
     "gemma": GemmaNorm,
-    "layer": nn.LayerNorm,
+    "layer": LayerNorm,
 }

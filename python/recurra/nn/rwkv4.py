@@ -1,0 +1,278 @@
+"""RWKV-4: the mixer of time and, as a feed-forward layer, that of channels."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from recurra import ops
+from recurra._check import state_dtype
+from recurra.nn._config import MixerConfig, check_fields
+from recurra.ops.linear_step import linear_step
+
+# The maximum of a WKV state that has seen nothing: -infinity, but a number.
+_EMPTY = -1e38
+
+
+@dataclasses.dataclass(frozen=True)
+class RWKV4Config(MixerConfig):
+    """Sizes of an :class:`RWKV4` mixer.
+
+    Attributes:
+        expand: channels inside, N, as a multiple of the width of the model.
+
+    Raises:
+        ValueError: a size is out of range.
+    """
+
+    kind: ClassVar[str] = "rwkv4"
+    letter: ClassVar[str] = "W"
+
+    expand: float = 1
+
+    def __post_init__(self) -> None:
+        check_fields(self, expand=(1e-3, 1024.0))
+
+    def channels(self, d_model: int) -> int:
+        """N at this width of the model."""
+        return round(self.expand * d_model)
+
+    def make(self, d_model: int) -> RWKV4:
+        """The mixer."""
+        return RWKV4(d_model, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class RWKV4ChannelConfig(RWKV4Config):
+    """Sizes of an :class:`RWKV4Channel` layer.
+
+    Attributes:
+        expand: channels inside, N, as a multiple of the width of the model.
+
+    Raises:
+        ValueError: a size is out of range.
+    """
+
+    kind: ClassVar[str] = "rwkv4_channel"
+
+    expand: float = 4
+
+    def make(self, d_model: int) -> RWKV4Channel:
+        """The layer."""
+        return RWKV4Channel(d_model, self)
+
+
+class RWKV4State(NamedTuple):
+    """What an :class:`RWKV4` remembers.
+
+    Attributes:
+        shift: the last input, (B, d_model).
+        wkv: the state of the scan, (B, 3, N), see :func:`recurra.softmax_scan`.
+
+    Both are float32 for 16-bit models, otherwise of the dtype of the model.
+    """
+
+    shift: Tensor
+    wkv: Tensor
+
+
+class RWKV4ChannelState(NamedTuple):
+    """What an :class:`RWKV4Channel` remembers.
+
+    Attributes:
+        shift: the last input, (B, d_model); float32 for 16-bit models, otherwise of the dtype of
+            the model.
+    """
+
+    shift: Tensor
+
+
+def token_shift(x: Tensor, last: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The input before each of ``x`` (B, T, d_model), and the last of all; ``last`` (B or S,
+    d_model) is the one before the first of each sequence."""
+    S, T = last.shape[0], x.shape[1]
+    if cu_seqlens is None:
+        both = torch.cat([last[:, None].to(x.dtype), x], 1)
+        return both[:, :-1], both[:, -1].to(last.dtype, copy=True)
+    both = torch.cat([last.to(x.dtype), x[0]])
+    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    sequences, filled = torch.arange(S, device=x.device), ends > starts
+    before = torch.arange(S - 1, S - 1 + T, device=x.device)
+    before[starts[filled]] = sequences[filled]
+    after = torch.where(filled, S - 1 + ends, sequences)
+    return both[before][None], both[after].to(last.dtype)
+
+
+def _fill_ratios(mix: Tensor, power: float, plus: float = 0.0) -> None:
+    channels = torch.arange(mix.shape[0], dtype=torch.float64) / mix.shape[0]
+    mix.copy_(channels**power + plus)
+
+
+class RWKV4(nn.Module):
+    """Time mixing of RWKV-4, Peng et al., "RWKV: Reinventing RNNs for the transformer era" (2023),
+    section 3.1, equations 11 to 13, 16 and 17.
+
+    Parameters have the names of transformers' RwkvSelfAttention, whose ``output`` is ``out_proj``.
+
+    Args:
+        d_model: width of the inputs and outputs.
+        config: the sizes inside.
+    """
+
+    # Where the ops come from; an instance may be given recurra.reference instead.
+    ops = ops
+    # Which layer of how many this is: initial weights differ by it. That in the middle.
+    place = (1, 3)
+
+    def __init__(self, d_model: int, config: RWKV4Config | None = None):
+        super().__init__()
+        N = (config or RWKV4Config()).channels(d_model)
+        if N < 1:
+            raise ValueError(f"RWKV4: expand * d_model must be at least 1, got {N}")
+        self.time_decay = nn.Parameter(torch.empty(N))
+        self.time_first = nn.Parameter(torch.empty(N))
+        self.time_mix_key = nn.Parameter(torch.empty(d_model))
+        self.time_mix_value = nn.Parameter(torch.empty(d_model))
+        self.time_mix_receptance = nn.Parameter(torch.empty(d_model))
+        self.key = nn.Linear(d_model, N, bias=False)
+        self.value = nn.Linear(d_model, N, bias=False)
+        self.receptance = nn.Linear(d_model, N, bias=False)
+        self.out_proj = nn.Linear(N, d_model, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As the authors' code: decays from slow to fast over the channels, bonuses in a zigzag,
+        ratios by channel and layer; only the values' projection is not zero."""
+        if self.time_decay.is_meta:  # takes its time even where there is nothing to fill
+            return
+        layer, layers = self.place
+        depth, left = layer / max(layers - 1, 1), 1 - layer / layers
+        N = self.time_decay.shape[0]
+        channels = torch.arange(N, dtype=torch.float64)
+        self.time_decay.copy_(8 * (channels / max(N - 1, 1)) ** (0.7 + 1.3 * depth) - 5)
+        self.time_first.copy_(math.log(0.3) + 0.5 * ((channels + 1) % 3 - 1))
+        _fill_ratios(self.time_mix_key, left)
+        _fill_ratios(self.time_mix_value, left, 0.3 * depth)
+        _fill_ratios(self.time_mix_receptance, left / 2)
+        nn.init.orthogonal_(self.value.weight, gain=max(1, N / self.value.in_features) ** 0.5)
+        for layer in (self.key, self.receptance, self.out_proj):
+            nn.init.zeros_(layer.weight)
+
+    def initial_state(self, batch: int) -> RWKV4State:
+        """The state before the first input of ``batch`` sequences: zeros, and a scan that has seen
+        nothing."""
+        like, dtype = self.time_decay.new_zeros, state_dtype(self.time_decay.dtype)
+        wkv = like(batch, 3, self.time_decay.shape[0], dtype=dtype)
+        wkv[:, 0] = _EMPTY
+        return RWKV4State(like(batch, self.key.in_features, dtype=dtype), wkv)
+
+    def _decay(self) -> Tensor:
+        return self.time_decay.to(state_dtype(self.time_decay.dtype)).exp()
+
+    def forward(
+        self, x: Tensor, state: RWKV4State | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, RWKV4State]:
+        """Mixes whole sequences, or the next chunk of them.
+
+        Args:
+            x: (B, T, d_model).
+            state: what the last call returned; the initial state when None. With ``cu_seqlens`` one
+                row for each sequence.
+            cu_seqlens: (S + 1,), the ends of S sequences packed along T; B must be 1.
+
+        Returns:
+            y, shape of ``x``, and the state after the last input. Gradients flow through both.
+        """
+        count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        shift, wkv = state or self.initial_state(count)
+        before, shift = token_shift(x, shift, cu_seqlens)
+        k = self.key(torch.lerp(before, x, self.time_mix_key))
+        v = self.value(torch.lerp(before, x, self.time_mix_value))
+        r = self.receptance(torch.lerp(before, x, self.time_mix_receptance))
+        y, wkv = self.ops.softmax_scan(
+            k, v, wkv, decay=self._decay(), bonus=self.time_first, cu_seqlens=cu_seqlens
+        )
+        return self.out_proj(torch.sigmoid(r) * y), RWKV4State(shift, wkv)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: RWKV4State) -> Tensor:
+        """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
+        before = state.shift.to(x.dtype)
+        k = linear_step(torch.lerp(before, x, self.time_mix_key), self.key.weight)
+        v = linear_step(torch.lerp(before, x, self.time_mix_value), self.value.weight)
+        r = linear_step(torch.lerp(before, x, self.time_mix_receptance), self.receptance.weight)
+        state.shift.copy_(x)
+        y = self.ops.softmax_scan_step(state.wkv, k, v, decay=self._decay(), bonus=self.time_first)
+        return linear_step(torch.sigmoid(r) * y, self.out_proj.weight)
+
+
+class RWKV4Channel(nn.Module):
+    """Channel mixing of RWKV-4, Peng et al. (2023), equations 14, 15 and 18: what follows an
+    :class:`RWKV4` mixer in its block. It remembers the last input.
+
+    Parameters have the names of transformers' RwkvFeedForward, whose ``value`` is ``out_proj``.
+
+    Args:
+        d_model: width of the inputs and outputs.
+        config: the sizes inside.
+    """
+
+    stateful = True
+    ops = ops  # it needs none
+    place = (1, 3)
+
+    def __init__(self, d_model: int, config: RWKV4ChannelConfig | None = None):
+        super().__init__()
+        N = (config or RWKV4ChannelConfig()).channels(d_model)
+        if N < 1:
+            raise ValueError(f"RWKV4Channel: expand * d_model must be at least 1, got {N}")
+        self.time_mix_key = nn.Parameter(torch.empty(d_model))
+        self.time_mix_receptance = nn.Parameter(torch.empty(d_model))
+        self.key = nn.Linear(d_model, N, bias=False)
+        self.receptance = nn.Linear(d_model, d_model, bias=False)
+        self.out_proj = nn.Linear(N, d_model, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As the authors' code: ratios by channel and layer; only the keys' projection is not
+        zero."""
+        if self.time_mix_key.is_meta:
+            return
+        layer, layers = self.place
+        for mix in (self.time_mix_key, self.time_mix_receptance):
+            _fill_ratios(mix, 1 - layer / layers)
+        N, d_model = self.key.weight.shape
+        nn.init.orthogonal_(self.key.weight, gain=max(1, N / d_model) ** 0.5)
+        nn.init.zeros_(self.receptance.weight)
+        nn.init.zeros_(self.out_proj.weight)
+
+    def initial_state(self, batch: int) -> RWKV4ChannelState:
+        """Zeros: the state before the first input of ``batch`` sequences."""
+        mix = self.time_mix_key
+        return RWKV4ChannelState(mix.new_zeros(batch, mix.shape[0], dtype=state_dtype(mix.dtype)))
+
+    def forward(
+        self, x: Tensor, state: RWKV4ChannelState | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, RWKV4ChannelState]:
+        """(B, T, d_model) to the same; arguments and results as those of :class:`RWKV4`."""
+        count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        (shift,) = state or self.initial_state(count)
+        before, shift = token_shift(x, shift, cu_seqlens)
+        k = self.key(torch.lerp(before, x, self.time_mix_key))
+        r = self.receptance(torch.lerp(before, x, self.time_mix_receptance))
+        return torch.sigmoid(r) * self.out_proj(torch.relu(k).square()), RWKV4ChannelState(shift)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: RWKV4ChannelState) -> Tensor:
+        """(B, d_model) to the same; updates ``state`` in place."""
+        before = state.shift.to(x.dtype)
+        k = linear_step(torch.lerp(before, x, self.time_mix_key), self.key.weight)
+        r = linear_step(torch.lerp(before, x, self.time_mix_receptance), self.receptance.weight)
+        state.shift.copy_(x)
+        return torch.sigmoid(r) * linear_step(torch.relu(k).square(), self.out_proj.weight)

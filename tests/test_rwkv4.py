@@ -1,0 +1,185 @@
+"""RWKV-4: whole = in chunks = step by step, training, transformers' checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import recurra
+from recurra.lm import CONFIGS, LMConfig
+from recurra.nn import RWKV4, RWKV4Channel, RWKV4ChannelConfig, RWKV4Config
+
+VARIANTS = {
+    "default": dataclasses.replace(CONFIGS["rwkv4"], vocab_size=31, d_model=12, n_layers=2),
+    "other widths": LMConfig(
+        vocab_size=31, d_model=12, n_layers=2, mixer=RWKV4Config(1.5), ffn=RWKV4ChannelConfig(2.3)
+    ),
+}
+
+
+def model(config: LMConfig, dtype: torch.dtype = torch.float64) -> recurra.LM:
+    torch.manual_seed(1)
+    lm = recurra.LM(config).to(dtype)
+    with torch.no_grad():  # projections begin at zero, norms at one
+        for p in lm.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return lm
+
+
+def states(state) -> list[torch.Tensor]:
+    return [x for layer in state for x in layer]
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_whole_is_chunked_is_stepped(config):
+    lm = model(config)
+    tokens = torch.randint(0, 31, (2, 23))
+    whole, last = lm(tokens)
+    state, chunks = None, []
+    for chunk in tokens.split([1, 0, 9, 13], 1):
+        logits, state = lm(chunk, state)
+        chunks.append(logits)
+    close(torch.cat(chunks, 1), whole)
+    stepped = lm.initial_state(2)
+    close(torch.stack([lm.step(token, stepped) for token in tokens.unbind(1)], 1), whole)
+    for other in (state, stepped):
+        for got, want in zip(states(other), states(last), strict=True):
+            close(got, want)
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_packed_sequences_do_not_meet(config):
+    lm = model(config)
+    tokens = torch.randint(0, 31, (1, 20))
+    _, before = lm(torch.randint(0, 31, (4, 3)))
+    packed, last = lm(tokens, before, cu_seqlens=torch.tensor([0, 7, 7, 8, 20]))
+    apart = [
+        lm(part, [type(s)(*(x[n : n + 1] for x in s)) for s in before])
+        for n, part in enumerate(tokens.split([7, 0, 1, 12], 1))
+    ]
+    close(packed, torch.cat([y for y, _ in apart], 1))
+    for n, (_, state) in enumerate(apart):
+        for got, want in zip(states(last), states(state), strict=True):
+            close(got[n : n + 1], want)
+
+
+@pytest.mark.parametrize("packed", [None, [0, 4, 4, 22]], ids=["whole", "packed"])
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_gradients_are_those_of_the_reference(config, packed):
+    shape = (2, 12) if packed is None else (1, 23)
+    tokens = torch.randint(0, 31, shape, generator=torch.Generator().manual_seed(3))
+    cu_seqlens = None if packed is None else torch.tensor(packed)
+
+    def gradients(lm):
+        logits, state = lm(tokens[:, :-1], cu_seqlens=cu_seqlens)
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        loss = loss + sum(x[-1].sin().sum() for x in states(state))
+        return torch.autograd.grad(loss, list(lm.parameters()))
+
+    lm, plain = model(config), model(config)
+    plain.use_ops(recurra.reference)
+    names = [name for name, _ in lm.named_parameters()]
+    for name, got, want in zip(names, gradients(lm), gradients(plain), strict=True):
+        assert got.abs().max() > 0, name
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-10, msg=name)
+
+
+def test_the_mixer_is_the_formulas():
+    """The equations of the paper, sums written out."""
+    torch.manual_seed(0)
+    mixer, channel = RWKV4(6, RWKV4Config(2)).double(), RWKV4Channel(6).double()
+    x = torch.randn(5, 6, dtype=torch.float64)
+    before = torch.cat([torch.zeros(1, 6, dtype=torch.float64), x[:-1]])
+    with torch.no_grad():
+        for p in (*mixer.parameters(), *channel.parameters()):
+            p.copy_(torch.randn_like(p))
+
+        def mixed(layer: torch.nn.Module, name: str) -> torch.Tensor:
+            mu = getattr(layer, f"time_mix_{name}")
+            return (mu * x + (1 - mu) * before) @ getattr(layer, name).weight.T
+
+        k, v, r = (mixed(mixer, name) for name in ("key", "value", "receptance"))
+        w, u = mixer.time_decay.exp(), mixer.time_first
+        rows = []
+        for t in range(5):
+            weights = [torch.exp(-(t - 1 - i) * w + k[i]) for i in range(t)]
+            weights.append(torch.exp(u + k[t]))
+            total = sum(p * value for p, value in zip(weights, v, strict=False))
+            rows.append(torch.sigmoid(r[t]) * total / sum(weights))
+        close(mixer(x[None])[0][0], torch.stack(rows) @ mixer.out_proj.weight.T)
+        inner = mixed(channel, "key").relu() ** 2 @ channel.out_proj.weight.T
+        close(channel(x[None])[0][0], torch.sigmoid(mixed(channel, "receptance")) * inner)
+
+
+def test_learns():
+    config = dataclasses.replace(CONFIGS["rwkv4"], d_model=32, n_layers=2, vocab_size=16)
+    torch.manual_seed(0)
+    lm = recurra.LM(config)
+    assert config.parameter_count() == sum(p.numel() for p in lm.parameters())
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-2)
+    tokens = (torch.arange(41) * 7 % 16).repeat(4, 1)  # a cycle
+    losses = []
+    for _ in range(60):
+        loss = F.cross_entropy(lm(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > 2.5 and losses[-1] < 0.3
+    (said,) = lm.generate([tokens[0, :20]], max_tokens=12)
+    assert said == tokens[0, 20:32].tolist()
+
+
+def test_initial_weights():
+    lm = recurra.LM(dataclasses.replace(CONFIGS["rwkv4"], d_model=30, n_layers=3))
+    first, middle, last = (block.mixer for block in lm.layers)
+    channels = torch.arange(30) / 30
+    torch.testing.assert_close(first.time_mix_key.detach(), channels)
+    torch.testing.assert_close(last.time_mix_key.detach(), channels ** (1 / 3))
+    torch.testing.assert_close(last.time_mix_value.detach(), channels ** (1 / 3) + 0.3)
+    torch.testing.assert_close(first.time_mix_receptance.detach(), channels**0.5)
+    torch.testing.assert_close(lm.layers[2].ffn.time_mix_receptance.detach(), channels ** (1 / 3))
+    for mixer in (first, middle, last):
+        assert mixer.time_decay[0] == -5 and mixer.time_decay[-1] == 3
+        assert mixer.time_decay.diff().min() > 0
+    assert first.time_decay[15] > last.time_decay[15]
+    zigzag = (middle.time_first[:4] - middle.time_first[0]).tolist()
+    assert zigzag == pytest.approx([0, 0.5, -0.5, 0], abs=1e-6)
+    alone = RWKV4(30)
+    assert torch.equal(alone.time_mix_key, middle.time_mix_key)  # the middle of three
+    assert not alone.key.weight.any() and alone.value.weight.any()
+
+
+def test_sizes_and_states():
+    for config in (RWKV4Config(), RWKV4Config(1.5), RWKV4ChannelConfig(), RWKV4ChannelConfig(2.3)):
+        made = config.make(10)
+        assert config.parameter_count(10) == sum(p.numel() for p in made.parameters())
+        assert made.initial_state(3)[0].shape == (3, 10)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        state = RWKV4(10).to(dtype).initial_state(2)
+        assert [x.dtype for x in state] == [torch.float32] * 2
+    with pytest.raises(ValueError, match=r"RWKV4: expand \* d_model must be at least 1, got 0"):
+        RWKV4Config(0.01).make(10)
+    with pytest.raises(ValueError, match="RWKV4ChannelConfig: expand must be from"):
+        RWKV4ChannelConfig(-1)
+
+
+def test_16_bit_models_follow_their_float32_twins():
+    tokens = torch.randint(0, 31, (2, 40))
+    half = model(VARIANTS["default"], torch.bfloat16)
+    lm = copy.deepcopy(half).float()
+    got, state = half(tokens)
+    assert got.dtype == torch.bfloat16 and all(x.dtype == torch.float32 for x in states(state))
+    want = lm(tokens)[0]
+    assert (got.float() - want).abs().max() < 0.05 * want.abs().max()
+    stepped = half.initial_state(2)
+    steps = torch.stack([half.step(token, stepped) for token in tokens.unbind(1)], 1)
+    assert (steps - got).abs().max() < 0.05 * want.abs().max()
