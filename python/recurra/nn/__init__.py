@@ -7,6 +7,7 @@ steps give the same results.
 
 from recurra.nn._config import MixerConfig
 from recurra.nn.ffn import GLU, GLUConfig
+from recurra.nn.log_space import log_space_scan
 from recurra.nn.mamba import Mamba, MambaConfig, MambaState
 from recurra.nn.norm import RMSNorm
 from recurra.nn.rnn import RNN, RNNConfig, RNNState
@@ -38,6 +39,7 @@ __all__ = [
     "RWKV4ChannelState",
     "RWKV4Config",
     "RWKV4State",
+    "log_space_scan",
 ]
 
 # The configurations of all mixers.
