@@ -14,6 +14,7 @@ from recurra._files import shown
 from recurra.nn import (
     FFNS,
     MIXERS,
+    LRNNConfig,
     MambaConfig,
     MixerConfig,
     RNNConfig,
@@ -206,4 +207,5 @@ CONFIGS: dict[str, LMConfig] = {
     "lem": _rnn("lem"),
     "slstm": _rnn("slstm"),
     "rwkv4": _rwkv4(),
+    "lrnn": LMConfig(mixer=LRNNConfig()),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from recurra.lm.model import LM, Block
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
+# What every layer has one of.
+_LAYER = re.compile(r"layers\.\d+\.norm\.weight")
 
 
 def read_config(folder: Path) -> LMConfig:
@@ -79,7 +82,7 @@ def check(folder: Path) -> tuple[LMConfig, list[Path]]:
                 if ours in found:
                     raise CheckpointError(f"{path}: holds {ours:.100} a second time")
                 found[ours] = what
-    layers = sum(name.endswith(".norm.weight") for name in found)
+    layers = sum(bool(_LAYER.fullmatch(name)) for name in found)
     if layers != config.n_layers:
         raise CheckpointError(
             f"{folder}: config.json says {config.n_layers} layers, the weights have {layers}"

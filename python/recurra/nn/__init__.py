@@ -8,6 +8,7 @@ steps give the same results.
 from recurra.nn._config import MixerConfig
 from recurra.nn.ffn import GLU, GLUConfig
 from recurra.nn.log_space import log_space_scan
+from recurra.nn.lrnn import LRNN, LRNNConfig
 from recurra.nn.mamba import Mamba, MambaConfig, MambaState
 from recurra.nn.norm import RMSNorm
 from recurra.nn.rnn import RNN, RNNConfig, RNNState
@@ -23,10 +24,12 @@ from recurra.nn.rwkv4 import (
 __all__ = [
     "FFNS",
     "GLU",
+    "LRNN",
     "MIXERS",
     "RNN",
     "RWKV4",
     "GLUConfig",
+    "LRNNConfig",
     "Mamba",
     "MambaConfig",
     "MambaState",
@@ -43,6 +46,11 @@ __all__ = [
 ]
 
 # The configurations of all mixers.
-MIXERS: tuple[type[MixerConfig], ...] = (MambaConfig, RNNConfig, RWKV4Config)
+MIXERS: tuple[type[MixerConfig], ...] = (
+    MambaConfig,
+    RNNConfig,
+    RWKV4Config,
+    LRNNConfig,
+)
 # Those of the feed-forward layers.
 FFNS: tuple[type[MixerConfig], ...] = (GLUConfig, RWKV4ChannelConfig)

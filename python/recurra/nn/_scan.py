@@ -1,0 +1,108 @@
+"""What the mixers around one scan have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from recurra import ops
+from recurra._check import state_dtype
+from recurra.ops.linear_step import linear_step
+
+# How a linear layer is applied: to whole sequences, or to the rows of one step.
+Apply = Callable[[nn.Linear, Tensor], Tensor]
+
+
+def apply(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer over (B, T, K)."""
+    return layer(x)
+
+
+def apply_step(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer over the rows of a step, (B, K), without gradients."""
+    return linear_step(x, layer.weight, layer.bias)
+
+
+def channels(name: str, expand: float, d_model: int) -> int:
+    """Channels inside a mixer, ``expand * d_model``."""
+    inside = int(expand * d_model)
+    if inside < 1:
+        raise ValueError(f"{name}: expand * d_model must be at least 1, got {inside}")
+    return inside
+
+
+class ScanState(NamedTuple):
+    """What a :class:`ScanMixer` remembers.
+
+    Attributes:
+        h: the state of its scan, batch first; float32 for 16-bit models, otherwise of the dtype
+            of the model.
+    """
+
+    h: Tensor
+
+
+class ScanMixer(nn.Module):
+    """A mixer of three parts: what each input alone gives the scan, the scan, and what becomes of
+    each of its outputs alone.
+
+    Subclasses have ``out_proj``, their last layer, and say what the three parts are.
+    """
+
+    # Where the ops come from; an instance may be given recurra.reference instead.
+    ops = ops
+    out_proj: nn.Linear
+
+    def _before(self, x: Tensor, linear: Apply) -> tuple[Any, Any]:
+        """What the scan is given, and what ``_after`` is given beside its output."""
+        raise NotImplementedError
+
+    def _scan(self, given: Any, h: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The output of the scan and its last state."""
+        raise NotImplementedError
+
+    def _scan_step(self, given: Any, h: Tensor) -> Tensor:
+        """The output of one step of the scan, which updates ``h``."""
+        raise NotImplementedError
+
+    def _after(self, h: Tensor, kept: Any, linear: Apply) -> Tensor:
+        """The output of the mixer."""
+        return linear(self.out_proj, h)
+
+    def _state_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def initial_state(self, batch: int) -> ScanState:
+        """Zeros: the state before the first input of ``batch`` sequences."""
+        weight = self.out_proj.weight
+        shape = (batch, *self._state_shape())
+        return ScanState(weight.new_zeros(shape, dtype=state_dtype(weight.dtype)))
+
+    def forward(
+        self, x: Tensor, state: ScanState | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, ScanState]:
+        """Mixes whole sequences, or the next chunk of them.
+
+        Args:
+            x: (B, T, d_model).
+            state: what the last call returned; the initial one when None. With ``cu_seqlens`` one
+                row for each sequence.
+            cu_seqlens: (S + 1,), the ends of S sequences packed along T; B must be 1.
+
+        Returns:
+            y, shape of ``x``, and the state after the last input. Gradients flow through both.
+        """
+        count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        (h,) = state or self.initial_state(count)
+        given, kept = self._before(x, apply)
+        y, h = self._scan(given, h, cu_seqlens)
+        return self._after(y, kept, apply), ScanState(h)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: ScanState) -> Tensor:
+        """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
+        given, kept = self._before(x, apply_step)
+        return self._after(self._scan_step(given, state.h), kept, apply_step)

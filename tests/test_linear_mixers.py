@@ -1,0 +1,159 @@
+"""Models on linear recurrences: whole = in chunks = step by step, training, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import recurra
+from recurra.lm import CONFIGS, LMConfig
+from recurra.nn import LRNN, LRNNConfig, MixerConfig
+
+NAMED = ["lrnn"]
+VARIANTS: dict[str, MixerConfig] = {
+    "lrnn": LRNNConfig(expand=1.5),
+    "lrnn of odd blocks": LRNNConfig(block=5, p=1.0),
+}
+
+
+def model(mixer: MixerConfig, dtype: torch.dtype = torch.float64, layers: int = 2) -> recurra.LM:
+    torch.manual_seed(1)
+    lm = recurra.LM(LMConfig(vocab_size=31, d_model=12, n_layers=layers, mixer=mixer)).to(dtype)
+    with torch.no_grad():  # large enough weights for every part to matter
+        for name, p in lm.named_parameters():
+            if name.endswith(("_proj.weight", "embeddings.weight")):
+                p.mul_(3)
+            if name.endswith("_proj.bias"):
+                p.add_(0.3 * torch.randn_like(p))
+    return lm
+
+
+def states(state) -> list[torch.Tensor]:
+    return [x for layer in state for x in layer]
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("mixer", VARIANTS.values(), ids=VARIANTS)
+def test_whole_is_chunked_is_stepped(mixer):
+    lm = model(mixer)
+    tokens = torch.randint(0, 31, (2, 23))
+    whole, last = lm(tokens)
+    state, chunks = None, []
+    for chunk in tokens.split([1, 9, 13], 1):
+        logits, state = lm(chunk, state)
+        chunks.append(logits)
+    close(torch.cat(chunks, 1), whole)
+    stepped = lm.initial_state(2)
+    close(torch.stack([lm.step(token, stepped) for token in tokens.unbind(1)], 1), whole)
+    for other in (state, stepped):
+        for got, want in zip(states(other), states(last), strict=True):
+            close(got, want)
+
+
+@pytest.mark.parametrize("mixer", VARIANTS.values(), ids=VARIANTS)
+def test_packed_sequences_do_not_meet(mixer):
+    lm = model(mixer)
+    tokens = torch.randint(0, 31, (1, 20))
+    before = lm(torch.randint(0, 31, (3, 4)))[1]  # each begins with a state of its own
+    packed, last = lm(tokens, before, cu_seqlens=torch.tensor([0, 7, 8, 20]))
+    apart = []
+    for n, part in enumerate(tokens.split([7, 1, 12], 1)):
+        own = [type(s)(*(x[n : n + 1] for x in s)) for s in before]
+        apart.append(lm(part, own))
+    close(packed, torch.cat([y for y, _ in apart], 1))
+    for n, (_, state) in enumerate(apart):
+        for got, want in zip(states(last), states(state), strict=True):
+            close(got[n : n + 1], want)
+
+
+@pytest.mark.parametrize("mixer", VARIANTS.values(), ids=VARIANTS)
+def test_gradients_are_those_of_the_reference(mixer):
+    tokens = torch.randint(0, 31, (2, 12), generator=torch.Generator().manual_seed(3))
+
+    def gradients(lm):
+        loss = F.cross_entropy(lm(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten())
+        return torch.autograd.grad(loss, list(lm.parameters()))
+
+    lm, plain = model(mixer), model(mixer)
+    plain.use_ops(recurra.reference)
+    names = [name for name, _ in lm.named_parameters()]
+    for name, got, want in zip(names, gradients(lm), gradients(plain), strict=True):
+        assert got.abs().max() > 0, name
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_configuration_learns(name):
+    config = dataclasses.replace(CONFIGS[name], d_model=32, n_layers=2, vocab_size=16)
+    torch.manual_seed(0)
+    lm = recurra.LM(config)
+    assert config.parameter_count() == sum(p.numel() for p in lm.parameters())
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-2)
+    tokens = (torch.arange(41) * 7 % 16).repeat(4, 1)  # a cycle
+    losses = []
+    for _ in range(60):
+        loss = F.cross_entropy(lm(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > 2.5 and losses[-1] < 0.3
+    (said,) = lm.generate([tokens[0, :20]], max_tokens=12)
+    assert said == tokens[0, 20:32].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mixer", VARIANTS.values(), ids=VARIANTS)
+def test_saves_and_loads_itself(mixer, dtype, tmp_path):
+    lm = model(mixer, dtype)
+    lm.save_pretrained(tmp_path)
+    again = recurra.LM.from_pretrained(tmp_path)
+    assert again.config == lm.config
+    tokens = torch.randint(0, 31, (1, 9))
+    assert torch.equal(again(tokens)[0], lm(tokens)[0])
+
+
+@pytest.mark.parametrize("mixer", VARIANTS.values(), ids=VARIANTS)
+def test_sizes_and_counts(mixer):
+    made = mixer.make(10)
+    assert mixer.parameter_count(10) == sum(p.numel() for p in made.parameters())
+    state = made.to(torch.bfloat16).initial_state(3)
+    assert all(x.shape[0] == 3 and x.dtype == torch.float32 for x in state)
+
+
+def test_sizes_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="LRNNConfig: block must be from 1 to 16, got 17"):
+        LRNNConfig(block=17)
+
+
+def test_lrnn_columns_have_norm_1_and_zeros_stay():
+    lrnn = LRNN(8, LRNNConfig(block=3)).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    (A, _), _ = lrnn._before(x, lambda layer, x: layer(x))
+    close(A.abs().pow(1.2).sum(-2), torch.ones(2, 5, 3, 3, dtype=torch.float64))
+    torch.nn.init.zeros_(lrnn.matrix_proj.weight)
+    torch.nn.init.zeros_(lrnn.matrix_proj.bias)
+    y, _ = lrnn(x)
+    y.sum().backward()
+    assert y.isfinite().all() and all(p.grad.isfinite().all() for p in lrnn.parameters())
+
+
+def test_lrnn_permutations_are_followed_for_ever():
+    lrnn = LRNN(6, LRNNConfig(block=6, expand=1)).double()
+    orders = torch.stack([torch.randperm(6) for _ in range(6)])
+    with torch.no_grad():  # input n permutes the one block by the n-th order
+        lrnn.in_proj.weight.zero_()
+        lrnn.matrix_proj.bias.zero_()
+        lrnn.matrix_proj.weight.copy_(7 * torch.eye(6)[orders].flatten(1).T)
+    tokens = torch.randint(0, 6, (1000,))
+    _, state = lrnn(torch.eye(6, dtype=torch.float64)[tokens][None])
+    want = lrnn.h0[0].detach()
+    for n in tokens:
+        want = want[orders[n]]
+    close(state.h[0, 0], want)
