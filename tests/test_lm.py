@@ -335,7 +335,7 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path):
         with pytest.raises(ValueError, match=match):
             recurra.LM.from_pretrained(tmp_path)
 
-    refused("model_type must be mamba or recurra, got 'llama'", model_type="llama")
+    refused("model_type must be mamba.* or recurra, got 'llama'", model_type="llama")
     refused("hidden_act must be silu, got 'gelu'", hidden_act="gelu")
     refused("d_model must be from 1 to", hidden_size=-1)
     refused("n_layers must be int, got '3'", num_hidden_layers="3")

@@ -148,9 +148,9 @@ def test_other_architectures(folder):
     llama = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 2, "hidden_act": "silu"}
     gelu = json.loads((folder / "config.json").read_text()) | {"hidden_act": "gelu"}
     for values, words in (
-        (llama, "model_type must be mamba or recurra, got 'llama'"),
-        (llama | {"model_type": "mamba2"}, "model_type must be mamba or recurra, got 'mamba2'"),
-        ({}, "model_type must be mamba or recurra, got None"),
+        (llama, "model_type must be mamba.* or recurra, got 'llama'"),
+        (llama | {"model_type": "mamba2"}, "model_type must be mamba.* or recurra, got 'mamba2'"),
+        ({}, "model_type must be mamba.* or recurra, got None"),
         (gelu, "hidden_act must be silu, got 'gelu'"),
     ):
         (folder / "config.json").write_text(json.dumps(values))

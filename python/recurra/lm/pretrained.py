@@ -1,4 +1,4 @@
-"""Checkpoints: config.json and safetensors, for Mamba in the form of transformers."""
+"""Checkpoints: config.json and safetensors, in the form of transformers where it has the model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import functools
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from recurra import _files
 from recurra._files import CheckpointError
 from recurra.lm.config import LMConfig
-from recurra.lm.formats import config_from_dict, config_to_dict, our_name, stored_name
+from recurra.lm.formats import config_to_dict, format_of, format_of_dict
 from recurra.lm.model import LM, Block
 
 WEIGHTS = "model.safetensors"
@@ -26,6 +27,14 @@ GENERATION = "generation_config.json"
 _LAYER = re.compile(r"layers\.\d+\.norm\.weight")
 
 
+class Found(NamedTuple):
+    """A checkpoint whose weights fit its configuration; ``format`` is of its words and names."""
+
+    config: LMConfig
+    files: list[Path]
+    format: ModuleType
+
+
 def read_config(folder: Path) -> LMConfig:
     """The configuration in a folder.
 
@@ -33,6 +42,10 @@ def read_config(folder: Path) -> LMConfig:
         FileNotFoundError: there is no such folder, or no config.json in it.
         ValueError: it is damaged, or of another architecture.
     """
+    return _read_config(folder)[0]
+
+
+def _read_config(folder: Path) -> tuple[LMConfig, ModuleType]:
     if not folder.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such folder", str(folder))
     path = folder / "config.json"
@@ -42,7 +55,8 @@ def read_config(folder: Path) -> LMConfig:
         said = _files.read_json(folder / GENERATION)
         values = values | {k: said[k] for k in ("eos_token_id",) if said.get(k) is not None}
     try:
-        return config_from_dict(values)
+        form = format_of_dict(values)
+        return form.from_dict(values), form
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -64,7 +78,7 @@ def _weight_files(folder: Path) -> list[Path]:
     raise FileNotFoundError(errno.ENOENT, "no model.safetensors", str(folder))
 
 
-def check(folder: Path) -> tuple[LMConfig, list[Path]]:
+def check(folder: Path) -> Found:
     """The configuration and the files of weights, whose tensors are those that it asks for. A file
     that promises more than it holds costs no memory.
 
@@ -72,13 +86,13 @@ def check(folder: Path) -> tuple[LMConfig, list[Path]]:
         FileNotFoundError: there is no such folder, or no checkpoint in it.
         ValueError: a file is damaged, or is of another architecture.
     """
-    config = read_config(folder)
+    config, form = _read_config(folder)
     files = _weight_files(folder)
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for path in files:
         with _files.open_tensors(path) as file:
             for name, what in _files.tensor_shapes(file).items():
-                ours = our_name(name)
+                ours = form.our_name(name)
                 if ours in found:
                     raise CheckpointError(f"{path}: holds {ours:.100} a second time")
                 found[ours] = what
@@ -90,7 +104,7 @@ def check(folder: Path) -> tuple[LMConfig, list[Path]]:
     if config.tie_embeddings:
         found.pop("lm_head.weight", None)
     _files.compare(folder, _shapes(config), found)
-    return config, files
+    return Found(config, files, form)
 
 
 @functools.lru_cache(8)
@@ -117,14 +131,14 @@ def _shapes(config: LMConfig) -> dict[str, tuple[int, ...]]:
 
 def load(folder: Path, dtype: torch.dtype | None = None) -> LM:
     """See :meth:`recurra.LM.from_pretrained`."""
-    config, files = check(folder)
+    config, files, form = check(folder)
     with torch.device("meta"):
         model = LM(config)
     tensors: dict[str, Tensor] = {}
     for path in files:
         with _files.open_tensors(path) as file:
             for name in file.keys():  # noqa: SIM118  (not a dict)
-                ours = our_name(name)
+                ours = form.our_name(name)
                 if config.tie_embeddings and ours == "lm_head.weight":
                     continue
                 # A copy: what is mapped changes when the file does.
@@ -139,8 +153,9 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> LM:
 def state_to_save(model: LM) -> dict[str, Tensor]:
     """The parameters under the names of the file, the tied head left out."""
     tied = model.config.tie_embeddings
+    form = format_of(model.config)
     return {
-        stored_name(model.config, name): p.detach()
+        form.stored_name(name): p.detach()
         for name, p in model.state_dict().items()
         if not (tied and name == "lm_head.weight")
     }
