@@ -5,7 +5,8 @@
 // Backward, for the cotangents dh of h and dh_last of the last state:
 //   g_t = dh_t + a_{t+1} g_{t+1},  g_T has dh_last added
 //   db_t = g_t,  da_t = g_t h_{t-1},  dh_0 = a_1 g_1
-// and, where the gate came as a logarithm, da_t = g_t a_t h_{t-1}.
+// and, where the gate came as a logarithm, da_t = g_t a_t h_{t-1}. Of complex numbers a_{t+1}, a_1
+// and h_{t-1}, with a_t before it, are conjugate there: gradients are torch's.
 #pragma once
 #include "cuda/stream.h"
 #include "simd/isa.h"
@@ -43,6 +44,10 @@ struct LinearScanStep {
 RECURRA_KERNEL(linear_scan, LinearScan)
 RECURRA_KERNEL(linear_scan_backward, LinearScanBackward)
 RECURRA_KERNEL(linear_scan_step, LinearScanStep)
+// The same of complex numbers.
+RECURRA_KERNEL(complex_scan, LinearScan)
+RECURRA_KERNEL(complex_scan_backward, LinearScanBackward)
+RECURRA_KERNEL(complex_scan_step, LinearScanStep)
 
 namespace recurra::cuda {
 // On the device: the sequences have no offsets, these are in cu_seqlens there, a null view for

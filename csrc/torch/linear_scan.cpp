@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor> linear_scan_cpu(Tensor a, Tensor b, OptionalTensor h0
   args.h_last = view<2>(h_last);
   args.log_a = log_a;
   args.reverse = reverse;
-  linear_scan(args);
+  is_complex(args.b.dtype) ? complex_scan(args) : linear_scan(args);
   return {h, h_last};
 }
 
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward_cpu(Tensor a, Tensor h, 
   args.partial = view<3>(partial);
   args.log_a = log_a;
   args.reverse = reverse;
-  linear_scan_backward(args);
+  is_complex(args.h.dtype) ? complex_scan_backward(args) : linear_scan_backward(args);
   return {da, db, dh0};
 }
 
@@ -75,7 +75,7 @@ Tensor linear_scan_step_cpu(Tensor h, Tensor a, Tensor b, bool log_a, OptionalTe
   args.b = view<2>(b);
   args.out = view<2>(out);
   args.log_a = log_a;
-  linear_scan_step(args);
+  is_complex(args.b.dtype) ? complex_scan_step(args) : linear_scan_step(args);
   return out;
 }
 

@@ -26,14 +26,14 @@ namespace {
 constexpr Op kOps[] = {
     {"linear_scan(Tensor a, Tensor b, Tensor? h0=None, *, bool log_a=False, bool reverse=False, "
      "Tensor? cu_seqlens=None) -> (Tensor, Tensor)",
-     "b:act(B,T,D) a:act(B|1,T|1,D|1) h0:state?(S,D) cu_seqlens:index?"},
+     "b:act*(B,T,D) a:act(B|1,T|1,D|1) h0:state?(S,D) cu_seqlens:index?"},
     {"_linear_scan_backward(Tensor a, Tensor h, Tensor? h0, Tensor? dh, Tensor? dh_last, *, "
      "bool log_a=False, bool reverse=False, Tensor? cu_seqlens=None) -> (Tensor, Tensor, Tensor)",
-     "h:act(B,T,D) a:act(B|1,T|1,D|1) h0:state?(S,D) dh:act?(B,T,D) dh_last:state?(S,D) "
+     "h:act*(B,T,D) a:act(B|1,T|1,D|1) h0:state?(S,D) dh:act?(B,T,D) dh_last:state?(S,D) "
      "cu_seqlens:index?"},
     {"linear_scan_step(Tensor(a!) h, Tensor a, Tensor b, *, bool log_a=False, "
      "Tensor? slots=None) -> Tensor",
-     "b:act(B,D) a:act(B|1,D|1) h:state(M,D) slots:index?(B)"},
+     "b:act*(B,D) a:act(B|1,D|1) h:state(M,D) slots:index?(B)"},
     {"block_scan(Tensor A, Tensor b, Tensor? h0=None, *, bool reverse=False, "
      "Tensor? cu_seqlens=None) -> (Tensor, Tensor)",
      "b:act(B,T,N,k=1..16) A:act(B|1,T|1,N|1,k,k) h0:state?(S,N,k) cu_seqlens:index?"},

@@ -32,7 +32,8 @@ def linear_scan(
     Args:
         a: gate, (B, T, D), or with any of its dimensions 1, which then is shared along it and
             whose gradient is summed over it in a fixed order. Any sign. The dtype of ``b``.
-        b: input, (B, T, D); float32, float64, bfloat16 or float16, any strides.
+        b: input, (B, T, D); float32, float64, bfloat16, float16, complex64 or complex128, any
+            strides. A constant gate (1, 1, D) is read once, not at every step.
         h0: initial state, (B, D), or (S, D) with ``cu_seqlens``; zeros when None. float32 for
             16-bit ``b``, otherwise the dtype of ``b``.
         log_a: ``a`` is the logarithm of the gate.
@@ -117,10 +118,15 @@ def _setup_backward(ctx, inputs, output):
     ctx.save_for_backward(a, h, h0, cu_seqlens, output[1])
 
 
+def _conj(x):
+    return x.conj().resolve_conj() if x.is_complex() else x
+
+
 def _double_backward(ctx, cda, cdb, cdh0):
-    # With g = db, the backward is g_t = dh_t + a_{t+1} g_{t+1}, da_t = g_t h_{t-1},
-    # dh0 = a_1 g_1. Its adjoint runs forwards: lambda_t = a_t lambda_{t-1} + (cdb + cda h_{t-1})_t
-    # from lambda_0 = cdh0, which is linear_scan again, so every order follows.
+    # With g = db, the backward is g_t = dh_t + a_{t+1}* g_{t+1}, da_t = g_t h_{t-1}*,
+    # dh0 = a_1* g_1. Its adjoint runs forwards: lambda_t = a_t lambda_{t-1} + (cdb + cda h_{t-1})_t
+    # from lambda_0 = cdh0, which is linear_scan again, so every order follows. A star is the
+    # conjugate, through which a cotangent goes as its own conjugate.
     a, h, h0, cu_seqlens, g = ctx.saved_tensors
     log_a, reverse = ctx.options["log_a"], ctx.options["reverse"]
     gate = a.exp() if log_a else a
@@ -133,16 +139,16 @@ def _double_backward(ctx, cda, cdb, cdh0):
         source = source + full * h_prev
     lam, lam_last = _op(a, source, cdh0, cu_seqlens=cu_seqlens, **ctx.options)
     lam_prev = previous(lam, cdh0, reverse, cu_seqlens)
-    to_a = lam_prev * g
+    to_a = _conj(lam_prev) * g
     if log_a:
-        to_a = to_a * gate
+        to_a = to_a * _conj(gate)
         if cda is not None:
-            to_a = to_a + cda * (g * gate * h_prev)
+            to_a = to_a + _conj(cda * gate * h_prev) * g
     to_a = to_a.sum_to_size(a.shape)
     to_h = to_h0 = None
     if full is not None:
         # da_t reads h_{t-1}: its cotangent moves one step back, the first step's to h0.
-        to_prev = full * g
+        to_prev = _conj(full) * g
         to_h, to_h0 = from_previous(to_prev, h0, reverse, cu_seqlens)
     return {"a": to_a, "h": to_h, "h0": to_h0, "dh": lam, "dh_last": lam_last}
 
