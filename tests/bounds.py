@@ -81,9 +81,11 @@ class Rounded:
         return Rounded(self.unit, value)
 
     def exp(self) -> Rounded:
-        # The kernels promise 2 ulp, which is 4 units.
+        # The kernels promise 2 ulp, which is 4 units; a complex one has a cosine and a sine of the
+        # same kind and one product more.
         value = self.value.exp()
-        return self._round(value, value.abs() * torch.expm1(self.error), 4)
+        units = 12 if value.is_complex() else 4
+        return self._round(value, value.abs() * torch.expm1(self.error), units)
 
     def exp_scaled(self) -> Rounded:
         """exp as a power of two: the argument is scaled, multiplied and reduced in one unit each,
@@ -209,13 +211,14 @@ def linear_scan(dtype, cotangents, a, b, h0=None, *, log_a=False, reverse=False,
     S = B if cu_seqlens is None else len(cu_seqlens) - 1
     a_in, x = Rounded(u, double(a)), Rounded(u, double(b))
     gate = (a_in.exp() if log_a else a_in).expand(B, T, D)
-    first = _zeros(u, S, D) if h0 is None else Rounded(u, double(h0))
+    kind = x.value.dtype
+    first = _zeros(u, S, D, dtype=kind) if h0 is None else Rounded(u, double(h0))
     dh, dh_last = (Rounded(u, double(c)) for c in cotangents)
-    h, da, db = (_zeros(u, B, T, D) for _ in range(3))
-    last, dh0 = (_zeros(u, S, D) for _ in range(2))
+    h, da, db = (_zeros(u, B, T, D, dtype=kind) for _ in range(3))
+    last, dh0 = (_zeros(u, S, D, dtype=kind) for _ in range(2))
     for rows, n, steps in walks(B, T, cu_seqlens, reverse):
         states = scan(gate[rows][:, steps], x[rows][:, steps], first[n])
-        g = scan_back(gate[rows][:, steps], dh[rows][:, steps], dh_last[n])
+        g = scan_back(gate[rows][:, steps].conj(), dh[rows][:, steps], dh_last[n])
         _put(h, (rows, steps), states[:, 1:])
         _put(last, n, states[:, -1])
         _put(dh0, n, g[:, 0])
@@ -223,8 +226,8 @@ def linear_scan(dtype, cotangents, a, b, h0=None, *, log_a=False, reverse=False,
         before = states[:, :-1].stored()  # the backward reads what the forward has written
         if steps:
             _put(before, (slice(None), 0), first[n])
-        to_gate = gate[rows][:, steps] * g[:, 1:] if log_a else g[:, 1:]
-        _put(da, (rows, steps), to_gate * before)
+        to_gate = gate[rows][:, steps].conj() * g[:, 1:] if log_a else g[:, 1:]
+        _put(da, (rows, steps), to_gate * before.conj())
     return [h, last], {"a": da.sum_to(a.shape), "b": db, "h0": dh0}
 
 

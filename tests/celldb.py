@@ -46,6 +46,8 @@ CELLS = [
     Cell(name="janet", ulps=16),
     Cell(name="lem", ulps=24),
     Cell(name="mgu", ulps=16),
+    Cell(name="mingru", ulps=16),
+    Cell(name="minlstm", ulps=24),
     Cell(name="paragru", ulps=16),
     Cell(name="paralstm", ulps=24),
     Cell(name="peephole_lstm", ulps=24),

@@ -4,7 +4,7 @@ all that a new op adds here."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Op:
     masks: arguments of bool, which have no gradient.
     not_in_steps: arguments of which the step op has no counterpart.
     tested_apart: options that choose how, not what, with tests of their own.
+    variant: what is another about an entry that draws other arguments of an op of the table.
     split_gradients: "bits" where gradients through a carried state equal those of the whole call
         to the bit, "bound" where the order of a sum changes.
     step_inputs: arguments of the step op besides the state; those with T are given one step.
@@ -66,6 +67,11 @@ class Op:
     tested_apart: tuple[str, ...] = ()
     not_in_steps: tuple[str, ...] = ("cu_seqlens",)
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    variant: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}-{self.variant}" if self.variant else self.name
 
     @property
     def function(self) -> Callable:
@@ -125,6 +131,22 @@ def _linear_scan(draw: Draw, B: int, T: int, D: int, dtype: torch.dtype, packed:
     }
 
 
+def _complex_scan(draw: Draw, B: int, T: int, D: int, dtype: torch.dtype, packed: bool):
+    """complex128 for float64, complex64 for all others."""
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    args = _linear_scan(draw, B, T, D, real, packed)
+    args["log_a"] = log_a = draw.choice((False, False, True))
+    shape = args["a"].shape
+    size, angle = draw.gate(*shape, steps=T, dtype=real), draw.uniform(-9, 9, *shape, dtype=real)
+    size = size.abs().clamp(min=1e-30) if log_a else size
+    args["a"] = torch.complex(size.log(), angle) if log_a else torch.polar(size, angle)
+    kind = args["a"].dtype
+    args["b"] = draw.normal(B, T, D, dtype=kind)
+    if args["h0"] is not None:
+        args["h0"] = draw.normal(*args["h0"].shape, dtype=kind)
+    return args
+
+
 def _linear_scan_errors() -> tuple[Arguments, list[ErrorInput]]:
     name = "linear_scan"
     sizes = "B = 2, T = 3, D = 4"
@@ -144,11 +166,13 @@ def _linear_scan_errors() -> tuple[Arguments, list[ErrorInput]]:
         ),
         ErrorInput(
             {"b": zeros(2, 3, 4, dtype=torch.int64)},
-            f"{name}: b must have dtype float32, float64, bfloat16 or float16, got int64",
+            f"{name}: b must have dtype float32, float64, bfloat16 or float16, or be "
+            "complex, got int64",
         ),
         ErrorInput(
             {"b": zeros(2, 3, 4, dtype=torch.complex32)},
-            f"{name}: b must have dtype float32, float64, bfloat16 or float16, got complex32",
+            f"{name}: b must have dtype float32, float64, bfloat16 or float16, or be "
+            "complex, got complex32",
         ),
         ErrorInput(
             {"h0": zeros(2, 5)},
@@ -563,3 +587,6 @@ OPS = [
         tested_apart=("algorithm", "chunk", "max_passes", "on_fail"),  # test_rnn.py
     ),
 ]
+
+# Everything above and what of it is worth the same tests with other arguments.
+VARIANTS = [*OPS, replace(OPS[0], make=_complex_scan, variant="complex")]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bounds import double
-from opdb import OPS
+from opdb import OPS, VARIANTS
 from support import (
     DTYPES,
     LAYOUTS,
@@ -26,7 +26,9 @@ from support import (
     tensors,
 )
 
-every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+every_op = pytest.mark.parametrize("op", VARIANTS, ids=lambda op: op.label)
+# What is said of dtypes and of bad input is the same for every variant.
+every_table_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 TIER = "nightly" if NIGHTLY else "quick"
 
@@ -267,7 +269,7 @@ def _dual(function, x, tangent):
         return torch.autograd.forward_ad.unpack_dual(y).tangent
 
 
-@every_op
+@every_table_op
 def test_autocast(op):
     def with_dtypes(args, dtypes):
         return replaced(args, lambda k, v: v.to(dtypes.get(k, v.dtype)))
@@ -312,7 +314,7 @@ def _refuses(op, args, message):
     assert message in str(error.value), f"{describe(args)}: {error.value}"
 
 
-@every_op
+@every_table_op
 def test_errors_on_the_cpu(op):
     for args, error in _error_calls(op):
         _refuses(op, args, error.message)
@@ -323,7 +325,7 @@ def test_errors_on_the_cpu(op):
         _refuses(op, learning, error.message)
 
 
-@every_op
+@every_table_op
 def test_errors_on_fake_and_meta_tensors(op):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -335,7 +337,7 @@ def test_errors_on_fake_and_meta_tensors(op):
         _refuses(op, replaced(args, lambda k, v: v.to("meta")), error.message)
 
 
-@every_op
+@every_table_op
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_errors_on_cuda(op):
@@ -344,7 +346,7 @@ def test_errors_on_cuda(op):
             _refuses(op, replaced(args, lambda k, v: v.cuda()), error.message)
 
 
-@every_op
+@every_table_op
 def test_a_mixed_call_names_both_devices(op):
     args = op.make(Draw(3), 2, 3, 4, torch.float32, False)
     other = (

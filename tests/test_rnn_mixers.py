@@ -104,7 +104,17 @@ def test_a_named_configuration_learns(name):
 
 
 def test_sizes_and_counts():
-    assert {"paragru", "paralstm", "elstm", "indrnn", "sru", "lem", "slstm"} == set(NAMED)
+    assert {
+        "paragru",
+        "paralstm",
+        "elstm",
+        "indrnn",
+        "sru",
+        "lem",
+        "slstm",
+        "mingru",
+        "minlstm",
+    } == set(NAMED)
     for mixer in VARIANTS.values():
         made = mixer.make(10)
         assert mixer.parameter_count(10) == sum(p.numel() for p in made.parameters())

@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from opdb import OPS, alternative
+from opdb import VARIANTS, alternative
 from recurra._check import state_dtype
 from support import (
     DTYPES,
@@ -34,7 +34,7 @@ from support import (
     with_state,
 )
 
-every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+every_op = pytest.mark.parametrize("op", VARIANTS, ids=lambda op: op.label)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -270,7 +270,9 @@ def test_special_values_stay_where_they_belong(op, dtype):
                 if value != value:
                     assert torch.equal(y.isnan(), want.isnan()), context
                 elif value != special[-1]:
-                    assert not (y.isnan() & ~want.isnan()).any(), context
+                    # Which parts of a product with a complex infinity are NaN is a convention.
+                    if not y.is_complex():
+                        assert not (y.isnan() & ~want.isnan()).any(), context
                     assert not (~y.isfinite() & want.isfinite()).any(), context
         for i, (t, c) in enumerate(sites):
             value = special[(i + turn) % len(special)]

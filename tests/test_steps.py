@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from opdb import OPS
+from opdb import VARIANTS
 from support import (
     DTYPES,
     LAYOUTS,
@@ -19,7 +19,7 @@ from support import (
     with_state,
 )
 
-every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+every_op = pytest.mark.parametrize("op", VARIANTS, ids=lambda op: op.label)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 

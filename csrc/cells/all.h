@@ -5,6 +5,8 @@
 #include "cells/janet.h"
 #include "cells/lem.h"
 #include "cells/mgu.h"
+#include "cells/mingru.h"
+#include "cells/minlstm.h"
 #include "cells/paragru.h"
 #include "cells/paralstm.h"
 #include "cells/peephole_lstm.h"
@@ -20,8 +22,8 @@ struct CellList {
   static constexpr int size = sizeof...(Cell);
 };
 
-using Cells = CellList<ELstm, IndRnn, Janet, Lem, Mgu, ParaGru, ParaLstm, PeepholeLstm, SLstm, Sru,
-                       Tanh, UniCornn>;
+using Cells = CellList<ELstm, IndRnn, Janet, Lem, Mgu, MinGru, MinLstm, ParaGru, ParaLstm,
+                       PeepholeLstm, SLstm, Sru, Tanh, UniCornn>;
 
 constexpr bool same_name(const char* a, const char* b) {
   while (*a && *a == *b) ++a, ++b;

@@ -94,8 +94,7 @@ class Output {
   }
   RECURRA_INLINE void put(T* to, Vec<T> v) const { past_ ? v.stream(to) : v.store(to); }
   void done(int64_t t, int64_t steps) const {
-    if (!direct_)
-      store_pairs<T>(plane_.at(t, 0), steps, channels_, buffer_, width_, stream_);
+    if (!direct_) store_pairs<T>(plane_.at(t, 0), steps, channels_, buffer_, width_, stream_);
   }
   // Kept in the buffer alone.
   void keep() { direct_ = past_ = false; }

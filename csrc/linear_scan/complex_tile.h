@@ -48,8 +48,9 @@ inline Tile<T> load_pairs(const Plane& p, int64_t steps, int64_t channels, T* bu
       for (int i = 0; i < pairs; ++i) prefetch<2>(from + 2 * (c + i) * p.stride_c + next);
       for (int i = 0; i < kPairs; ++i) {
         const T* run = from + 2 * (c + i) * p.stride_c;
-        rows[i] = i >= pairs ? Vec<T>(T(0)) : n == kPairs ? Vec<T>::load(run)
-                                                          : Vec<T>::load(run, 2 * n);
+        rows[i] = i >= pairs    ? Vec<T>(T(0))
+                  : n == kPairs ? Vec<T>::load(run)
+                                : Vec<T>::load(run, 2 * n);
       }
       transpose_pairs(rows);
       for (int i = 0; i < n; ++i)
@@ -99,7 +100,9 @@ inline void store_pairs(const Plane& p, int64_t steps, int64_t channels, const T
       for (int i = 0; i < pairs; ++i) {
         T* run = to + 2 * (c + i) * p.stride_c;
         const bool past = stream && n == kPairs && reinterpret_cast<uintptr_t>(run) % 64 == 0;
-        past ? block[i].stream(run) : n == kPairs ? block[i].store(run) : block[i].store(run, 2 * n);
+        past          ? block[i].stream(run)
+        : n == kPairs ? block[i].store(run)
+                      : block[i].store(run, 2 * n);
       }
     }
   }

@@ -244,7 +244,10 @@ class Case {
     // Mostly no margin, for the sanitizer to see the first element too far.
     const int64_t margin = odd && random.chance(30) ? 1 + random.below(7) : 0;
     const int64_t item = item_size(dtype), elements = count ? high - low + 1 + 2 * margin : 0;
-    Array& array = add(name, role, dtype, static_cast<size_t>(elements * item));
+    // A complex number is filled and compared as its two parts.
+    const int parts = is_complex(dtype) ? 2 : 1;
+    const DType part = dtype == DType::c64 ? DType::f32 : dtype == DType::c128 ? DType::f64 : dtype;
+    Array& array = add(name, role, part, static_cast<size_t>(elements * item));
     for (size_t i = 0; i < array.size(); ++i)
       array.data()[i] = plain ? 0 : static_cast<char>(random.next());
     view.data = array.data() + (count ? (margin - low) * item : 0);
@@ -254,11 +257,13 @@ class Case {
       int64_t offset = 0;
       for (int n = 0; n < N; ++n) offset += index[n] * view.stride[n];
       char* at = static_cast<char*>(view.data) + offset * item;
-      std::fill_n(&array.element[static_cast<size_t>(at - array.data())], item, 2);
-      array.element[static_cast<size_t>(at - array.data())] = 1;
-      if (!plain && !any_bytes_) {
-        const double value = random.uniform(range.low, range.high);
-        store(at, dtype, dtype == DType::f64 ? value : static_cast<float>(value));
+      for (int each = 0; each < parts; ++each, at += item_size(part)) {
+        std::fill_n(&array.element[static_cast<size_t>(at - array.data())], item_size(part), 2);
+        array.element[static_cast<size_t>(at - array.data())] = 1;
+        if (!plain && !any_bytes_) {
+          const double value = random.uniform(range.low, range.high);
+          store(at, part, part == DType::f64 ? value : static_cast<float>(value));
+        }
       }
       for (int n = N - 1; n >= 0 && ++index[n] == size[n]; --n) index[n] = 0;
     }

@@ -40,9 +40,14 @@ void walk(const Sequences& sequences, bool backwards, F f) {
 
 Range gates(bool log_a) { return log_a ? Range{-3, 0.2} : Range{-1.1, 1.1}; }
 
+// Of linear_scan a quarter is complex, without an oracle here and only on the CPU.
+DType real_or_complex(Random& random) {
+  return random.chance(25) ? random.pick({DType::c64, DType::c128}) : activation(random);
+}
+
 void linear_scan_case(Case& c, const Shape& s) {
   LinearScan args;
-  const DType dtype = activation(c.random), state = state_of(dtype);
+  const DType dtype = real_or_complex(c.random), state = state_of(dtype);
   const auto one_of = [&](int64_t n) { return c.random.chance(25) ? 1 : n; };
   args.log_a = c.random.chance(40);
   args.reverse = c.random.chance(40);
@@ -53,6 +58,10 @@ void linear_scan_case(Case& c, const Shape& s) {
   args.h = c.output<3>("h", dtype, {s.batch, s.time, s.channels});
   if (c.random.chance(60)) args.h0 = c.input<2>("h0", state, {args.sequences.count, s.channels});
   args.h_last = c.output<2>("h_last", state, {args.sequences.count, s.channels});
+  if (is_complex(dtype)) {
+    c.run = [args] { complex_scan(args); };
+    return;
+  }
   c.run = [args] { linear_scan(args); };
   View<1> offsets;
   if (args.sequences.offsets)
@@ -97,7 +106,7 @@ void hostile_cu_seqlens_case(Case& c, const Shape& s) {
 
 void linear_scan_backward_case(Case& c, const Shape& s) {
   LinearScanBackward args;
-  const DType dtype = activation(c.random), state = state_of(dtype);
+  const DType dtype = real_or_complex(c.random), state = state_of(dtype);
   const auto one_of = [&](int64_t n) { return c.random.chance(20) ? 1 : n; };
   const int64_t size[] = {s.batch, s.time, s.channels};
   const int64_t gate[] = {one_of(s.batch), one_of(s.time), one_of(s.channels)};
@@ -117,6 +126,10 @@ void linear_scan_backward_case(Case& c, const Shape& s) {
   if (reduced) {
     const int64_t blocks = gate[2] == size[2] ? size[2] : (size[2] + 15) / 16;
     args.partial = c.output<3>("partial", state, {gate[0], gate[1], blocks}, true);
+  }
+  if (is_complex(dtype)) {
+    c.run = [args] { complex_scan_backward(args); };
+    return;
   }
   c.run = [args] { linear_scan_backward(args); };
   if (reduced || args.log_a) return;
@@ -145,7 +158,7 @@ void linear_scan_backward_case(Case& c, const Shape& s) {
 
 void linear_scan_step_case(Case& c, const Shape& s) {
   LinearScanStep args;
-  const DType dtype = activation(c.random);
+  const DType dtype = real_or_complex(c.random);
   const auto one_of = [&](int64_t n) { return c.random.chance(25) ? 1 : n; };
   const int64_t rows = s.time, states = rows + c.random.below(3);
   args.log_a = c.random.chance(40);
@@ -155,6 +168,10 @@ void linear_scan_step_case(Case& c, const Shape& s) {
   args.a = c.input<2>("a", dtype, {one_of(rows), one_of(s.channels)}, gates(args.log_a));
   args.b = c.input<2>("b", dtype, {rows, s.channels});
   args.out = c.output<2>("out", dtype, {rows, s.channels});
+  if (is_complex(dtype)) {
+    c.run = [args] { complex_scan_step(args); };
+    return;
+  }
   c.run = [args] { linear_scan_step(args); };
   if (args.log_a) return;
   c.oracle = [args] {

@@ -9,6 +9,7 @@
 #include "bits.h"
 #include "check.h"
 #include "math/batch.h"
+#include "simd/pairs.h"
 #include "simd/vec.h"
 
 namespace r = recurra::RECURRA_ISA;
@@ -133,6 +134,34 @@ void test_vec_of() {
   }
 }
 
+template <class T>
+void test_pairs() {
+  constexpr int N = r::kLanes;
+  T line[N], out[N];
+  Vec<T> rows[r::kPairs];
+  for (int i = 0; i < r::kPairs; ++i) {
+    for (int j = 0; j < N; ++j) line[j] = T(i * N + j);
+    rows[i] = Vec<T>::load(line);
+  }
+  r::transpose_pairs(rows);
+  for (int i = 0; i < r::kPairs; ++i) {
+    rows[i].store(line);
+    for (int j = 0; j < N; ++j)
+      CHECK(line[j] == T(j / 2 * N + 2 * i + j % 2), "transpose_pairs %d %d", i, j);
+  }
+  const T re[] = {2, -1}, im[] = {3, 5};  // two factors, two arguments
+  for (int j = 0; j < N; ++j) line[j] = j % 2 ? im[j / 2 % 2] : re[j / 2 % 2];
+  const Vec<T> f = Vec<T>::load(line), x = r::swapped(f);
+  for (int conjugate = 0; conjugate < 2; ++conjugate) {
+    ((conjugate ? r::conj_factor(f) : r::factor(f)) * x).store(out);
+    for (int k = 0; k < r::kPairs; ++k) {
+      const T a = line[2 * k], b = conjugate ? -line[2 * k + 1] : line[2 * k + 1];
+      const T u = line[2 * k + 1], v = line[2 * k];
+      CHECK(out[2 * k] == a * u - b * v && out[2 * k + 1] == a * v + b * u, "product %d", k);
+    }
+  }
+}
+
 // A float of the 16-bit format with that many fraction bits and that bias, by its definition.
 float widen(uint16_t u, int fraction, int bias) {
   const int e = (u & 0x7fff) >> fraction, f = u & ((1 << fraction) - 1);
@@ -246,6 +275,8 @@ void test_batch() {
 int main(int, char**) {
   test_vec_of<float>();
   test_vec_of<double>();
+  test_pairs<float>();
+  test_pairs<double>();
   test_half_precision();
   test_batch<float>();
   test_batch<double>();

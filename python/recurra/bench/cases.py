@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import recurra
-from recurra.bench import default, memory, peers, rnn, rtrl
+from recurra.bench import default, linear, memory, peers, rnn, rtrl
 from recurra.bench.floors import Floor
 from recurra.bench.problems import (
     BACKWARD,
@@ -427,7 +427,7 @@ def table() -> list[Case]:
         )
         for op in shapes
     ]
-    cases += rnn.cases()
+    cases += rnn.cases() + linear.cases()
     cases += [
         Case(op, (), FORWARD, functools.partial(_default, op))
         for op in default.public_ops()

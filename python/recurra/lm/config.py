@@ -208,4 +208,6 @@ CONFIGS: dict[str, LMConfig] = {
     "slstm": _rnn("slstm"),
     "rwkv4": _rwkv4(),
     "lrnn": LMConfig(mixer=LRNNConfig()),
+    "mingru": _rnn("mingru"),
+    "minlstm": _rnn("minlstm"),
 }

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from recurra import ops
 from recurra._check import state_dtype
-from recurra.nn._config import MixerConfig, check_fields
+from recurra._files import shown
+from recurra.nn._config import MixerConfig, check_eig_range, check_fields
 from recurra.ops.linear_step import linear_step
 from recurra.ops.rnn import cells
 
@@ -27,6 +28,8 @@ class RNNConfig(MixerConfig):
         expand: channels of the cell, N, as a multiple of the width of the model.
         d_conv: W, width of the convolution before the cell; 1 for none.
         gate: whether the cell's output is multiplied by the SiLU of a projection of the input.
+        eig_range: between which the factors of the state lie in minGRU and minLSTM, (0, 1) or from
+            a negative number on, at least -1.
 
     Raises:
         ValueError: the cell is unknown, or a size is out of range.
@@ -39,12 +42,24 @@ class RNNConfig(MixerConfig):
     expand: float = 1
     d_conv: int = 4
     gate: bool = True
+    eig_range: tuple = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         check_fields(self, expand=(1e-3, 1024.0), d_conv=(1, 1024))
         if self.cell not in cells():
             known = ", ".join(cells())
             raise ValueError(f"RNNConfig: cell must be one of {known}, got {self.cell:.100}")
+        check_eig_range(self)
+        if self.eig_range[0] != 0 and not self.scaled:
+            raise ValueError(
+                f"RNNConfig: eig_range must be (0, 1) for the cell {self.cell}, "
+                f"got {shown(self.eig_range)}"
+            )
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the cell's parameter is the scale of its gate, which is not learned."""
+        return cells()[self.cell].params == ("scale",)
 
     def channels(self, d_model: int) -> int:
         """N at this width of the model."""
@@ -55,7 +70,8 @@ class RNNConfig(MixerConfig):
         N, info = self.channels(d_model), cells()[self.cell]
         G, P = len(info.inputs), len(info.params)
         conv = N * (self.d_conv + 1) * (self.d_conv > 1)
-        return d_model * N * (2 + self.gate) + conv + G * N * (N + 1) + P * N
+        learned = 0 if self.scaled else P * N
+        return d_model * N * (2 + self.gate) + conv + G * N * (N + 1) + learned
 
     def make(self, d_model: int) -> RNN:
         """The mixer."""
@@ -99,7 +115,12 @@ class RNN(nn.Module):
         # Holds weight (N, 1, W) and bias (N,); the op computes.
         self.conv1d = nn.Conv1d(N, N, self.W, groups=N) if self.W > 1 else None
         self.cell_proj = nn.Linear(N, len(info.inputs) * N)
-        self.recurrent = nn.Parameter(torch.empty(len(info.params), N))
+        recurrent = torch.empty(len(info.params), N)
+        if config.scaled:
+            self.register_buffer("recurrent", recurrent)
+        else:
+            self.recurrent = nn.Parameter(recurrent)
+        self.scale = 1.0 - config.eig_range[0]
         self.out_proj = nn.Linear(N, d_model, bias=False)
         self.reset_parameters()
 
@@ -112,7 +133,7 @@ class RNN(nn.Module):
         for layer in (self.in_proj, self.conv1d, self.cell_proj, self.out_proj):
             if layer is not None:
                 layer.reset_parameters()
-        init_cell_(self.cell, self.recurrent, self.cell_proj.bias)
+        init_cell_(self.cell, self.recurrent, self.cell_proj.bias, self.scale)
 
     def initial_state(self, batch: int) -> RNNState:
         """Zeros: the state before the first input of ``batch`` sequences."""
@@ -218,13 +239,13 @@ _CELLS: dict[str, tuple[Callable, dict[str, Callable]]] = {
 
 
 @torch.no_grad()
-def init_cell_(cell: str, params: Tensor, bias: Tensor) -> None:
+def init_cell_(cell: str, params: Tensor, bias: Tensor, scale: float = 1.0) -> None:
     """Fills a cell's parameters (P, N) and the biases of its inputs, (G N,), as in its paper;
     those of a cell that says nothing within a root of the width, with biases of zero. Steps of
-    time, ``dt``, are 1, and damping is slight."""
+    time, ``dt``, are 1, damping is slight, and gates are scaled by ``scale``."""
     info = cells()[cell]
     fill, of_inputs = _CELLS.get(cell, (_uniform, {}))
-    constants = {"dt": 1.0, "alpha": 0.1, "c": 0.0}
+    constants = {"dt": 1.0, "alpha": 0.1, "c": 0.0, "scale": scale}
     for name, row in zip(info.params, params, strict=True):
         nn.init.constant_(row, constants[name]) if name in constants else fill(row)
     for name, row in zip(info.inputs, bias.view(len(info.inputs), -1), strict=True):

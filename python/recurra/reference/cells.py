@@ -54,6 +54,26 @@ def mgu(x: Tensor, h: Tensor, p: Tensor) -> Tensor:
     return ((1 - f) * y + f * torch.tanh(a_n * (f * y) + x_n))[None]
 
 
+def mingru(x: Tensor, h: Tensor, p: Tensor) -> Tensor:
+    """minGRU (arXiv 2410.01201): inputs update, candidate; state h; scale of the gate."""
+    x_z, x_n = x
+    z = p * torch.sigmoid(x_z)
+    return (1 - z) * h + z * _positive(x_n)
+
+
+def minlstm(x: Tensor, h: Tensor, p: Tensor) -> Tensor:
+    """minLSTM (arXiv 2410.01201): inputs forget, input, candidate; state h; scale of the gate."""
+    x_f, x_i, x_n = x
+    softplus = torch.nn.functional.softplus
+    z = p * torch.sigmoid(softplus(-x_f) - softplus(-x_i))
+    return (1 - z) * h + z * _positive(x_n)
+
+
+def _positive(x: Tensor) -> Tensor:
+    """g of minGRU and minLSTM, which is continuous and positive."""
+    return torch.where(x < 0, torch.sigmoid(x), x + 0.5)
+
+
 def paragru(x: Tensor, h: Tensor, p: Tensor) -> Tensor:
     """ParaGRU (arXiv 2510.21450): inputs update, reset, candidate."""
     x_z, x_r, x_n = x
