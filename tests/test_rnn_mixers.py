@@ -18,6 +18,7 @@ NAMED = [name for name, config in CONFIGS.items() if isinstance(config.mixer, RN
 VARIANTS = {cell: RNNConfig(cell, expand=1.5) for cell in CELLS} | {
     "no convolution": RNNConfig("elstm", d_conv=1),
     "no gate": RNNConfig("sru", gate=False),
+    "signed": RNNConfig("mingru", eig_range=(-1, 1)),
 }
 
 
@@ -165,7 +166,7 @@ def test_what_is_wrong_with_a_configuration_is_named(tmp_path):
     refused("the kind of mixer must be mamba, rnn", mixer={"kind": "transformer"})
     refused("got ['rnn']", mixer={"kind": ["rnn"]})
     refused("mixer must be an object, got 'rnn'", mixer="rnn")
-    refused("has cell, expand, d_conv, gate, got 'depth'", mixer={"depth": 3})
+    refused("has cell, expand, d_conv, gate, eig_range, got 'depth'", mixer={"depth": 3})
     refused("expand must be from 0.001 to 1024.0, got -1", mixer={"expand": -1})
     refused("d_conv must be from 1 to 1024, got 0", mixer={"d_conv": 0})
     refused("d_model must be int, got '12' (str)", d_model="12")
@@ -174,7 +175,32 @@ def test_what_is_wrong_with_a_configuration_is_named(tmp_path):
     refused("recurrent", mixer={"cell": "paragru"})
 
 
+def test_the_range_of_minimal_cells():
+    """Half of the factors are negative at the beginning where they may be from -1 to 1, none
+    otherwise; the scale that makes them is no parameter, but is saved."""
+    for low, share in ((0, 0.0), (-0.5, 0.33), (-1, 0.5)):
+        torch.manual_seed(0)
+        config = RNNConfig("minlstm", eig_range=(low, 1), d_conv=1, gate=False)
+        rnn = config.make(64)
+        assert "recurrent" in rnn.state_dict() and (rnn.recurrent == 1 - low).all()
+        assert config.parameter_count(64) == sum(p.numel() for p in rnn.parameters())
+        x = torch.zeros(1, 1, 3, 4000)
+        x[0, 0, :2] = 5 * torch.randn(2, 4000)
+        params, h0 = torch.full((1, 4000), 1.0 - low), torch.ones(1, 1, 4000)
+        kept = (
+            recurra.rnn(x, params, h0, cell="minlstm")[0]
+            - recurra.rnn(x, params, 0 * h0, cell="minlstm")[0]
+        )
+        assert kept.min() >= low - 1e-6 and kept.max() <= 1
+        assert (kept < 0).float().mean().item() == pytest.approx(share, abs=0.1)
+
+
 def test_bad_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"eig_range must be \(0, 1\) for the cell elstm, got"):
+        RNNConfig("elstm", eig_range=(-1, 1))
+    for bad in ((-2, 1), (0.5, 1), (-1, 2), (0, 1, 2), [0, 1], "01", (float("nan"), 1)):
+        with pytest.raises(ValueError, match=r"RNNConfig: eig_range must be"):
+            RNNConfig("mingru", eig_range=bad)
     with pytest.raises(ValueError, match="RNNConfig: cell must be one of elstm, .*, got gru"):
         RNNConfig("gru")
     with pytest.raises(ValueError, match=r"expand \* d_model must be at least 1, got 0"):
