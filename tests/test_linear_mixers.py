@@ -10,13 +10,29 @@ import torch.nn.functional as F
 
 import recurra
 from recurra.lm import CONFIGS, LMConfig
-from recurra.nn import LRNN, LRNNConfig, MixerConfig
+from recurra.nn import LRNN, LRU, LRNNConfig, LRUConfig, MixerConfig
 
-NAMED = ["lrnn"]
+NAMED = ["lrnn", "lru"]
 VARIANTS: dict[str, MixerConfig] = {
     "lrnn": LRNNConfig(expand=1.5),
     "lrnn of odd blocks": LRNNConfig(block=5, p=1.0),
+    "lru": LRUConfig(expand=1.5),
+    "lru of long memories": LRUConfig(r_min=0.9, r_max=0.999, max_phase=0.3),
 }
+
+
+def complex_kernels() -> bool:
+    one = torch.ones(1, 1, 1, dtype=torch.complex64)
+    try:
+        recurra.linear_scan(one, one)
+    except RuntimeError:
+        return False
+    return True
+
+
+# Where linear_scan has no complex kernel, what needs one is tested with the reference.
+COMPLEX = (LRUConfig,)
+OPS = recurra if complex_kernels() else recurra.reference
 
 
 def model(mixer: MixerConfig, dtype: torch.dtype = torch.float64, layers: int = 2) -> recurra.LM:
@@ -28,6 +44,8 @@ def model(mixer: MixerConfig, dtype: torch.dtype = torch.float64, layers: int = 
                 p.mul_(3)
             if name.endswith("_proj.bias"):
                 p.add_(0.3 * torch.randn_like(p))
+    if isinstance(mixer, COMPLEX):
+        lm.use_ops(OPS)
     return lm
 
 
@@ -93,6 +111,8 @@ def test_a_named_configuration_learns(name):
     config = dataclasses.replace(CONFIGS[name], d_model=32, n_layers=2, vocab_size=16)
     torch.manual_seed(0)
     lm = recurra.LM(config)
+    if isinstance(config.mixer, COMPLEX):
+        lm.use_ops(OPS)
     assert config.parameter_count() == sum(p.numel() for p in lm.parameters())
     optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-2)
     tokens = (torch.arange(41) * 7 % 16).repeat(4, 1)  # a cycle
@@ -114,6 +134,8 @@ def test_saves_and_loads_itself(mixer, dtype, tmp_path):
     lm = model(mixer, dtype)
     lm.save_pretrained(tmp_path)
     again = recurra.LM.from_pretrained(tmp_path)
+    if isinstance(mixer, COMPLEX):
+        again.use_ops(OPS)
     assert again.config == lm.config
     tokens = torch.randint(0, 31, (1, 9))
     assert torch.equal(again(tokens)[0], lm(tokens)[0])
@@ -130,6 +152,10 @@ def test_sizes_and_counts(mixer):
 def test_sizes_out_of_range_are_refused():
     with pytest.raises(ValueError, match="LRNNConfig: block must be from 1 to 16, got 17"):
         LRNNConfig(block=17)
+    with pytest.raises(ValueError, match="LRUConfig: r_min must be at most r_max, 0.5, got 0.9"):
+        LRUConfig(r_min=0.9, r_max=0.5)
+    with pytest.raises(ValueError, match=r"LRU: expand \* d_model must be at least 1, got 0"):
+        LRUConfig(expand=0.01).make(10)
 
 
 def test_lrnn_columns_have_norm_1_and_zeros_stay():
@@ -157,3 +183,17 @@ def test_lrnn_permutations_are_followed_for_ever():
     for n in tokens:
         want = want[orders[n]]
     close(state.h[0, 0], want)
+
+
+def test_lru_begins_on_its_ring():
+    torch.manual_seed(0)
+    lru = LRU(512, LRUConfig(r_min=0.6, r_max=0.9, max_phase=1.5))
+    lam = lru.eigenvalues()
+    assert 0.6 <= lam.abs().min() < 0.62 and 0.89 < lam.abs().max() <= 0.9
+    assert 0 <= lam.angle().min() < 0.02 and 1.45 < lam.angle().max() <= 1.5
+    # Uniform in area: half of them are beyond the radius that halves the ring.
+    outer = (lam.abs().square() > (0.6**2 + 0.9**2) / 2).float().mean()
+    assert outer == pytest.approx(0.5, abs=0.1)
+    torch.testing.assert_close(lru.gamma_log.exp().square(), 1 - lam.abs().square())
+    whole = LRU(512).eigenvalues().abs()
+    assert 0 < whole.min() < 0.2 and 0.99 < whole.max() < 1

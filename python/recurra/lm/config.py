@@ -15,6 +15,7 @@ from recurra.nn import (
     FFNS,
     MIXERS,
     LRNNConfig,
+    LRUConfig,
     MambaConfig,
     MixerConfig,
     RNNConfig,
@@ -210,4 +211,5 @@ CONFIGS: dict[str, LMConfig] = {
     "lrnn": LMConfig(mixer=LRNNConfig()),
     "mingru": _rnn("mingru"),
     "minlstm": _rnn("minlstm"),
+    "lru": LMConfig(mixer=LRUConfig()),
 }

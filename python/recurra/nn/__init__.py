@@ -9,6 +9,7 @@ from recurra.nn._config import MixerConfig
 from recurra.nn.ffn import GLU, GLUConfig
 from recurra.nn.log_space import log_space_scan
 from recurra.nn.lrnn import LRNN, LRNNConfig
+from recurra.nn.lru import LRU, LRUConfig
 from recurra.nn.mamba import Mamba, MambaConfig, MambaState
 from recurra.nn.norm import RMSNorm
 from recurra.nn.rnn import RNN, RNNConfig, RNNState
@@ -25,11 +26,13 @@ __all__ = [
     "FFNS",
     "GLU",
     "LRNN",
+    "LRU",
     "MIXERS",
     "RNN",
     "RWKV4",
     "GLUConfig",
     "LRNNConfig",
+    "LRUConfig",
     "Mamba",
     "MambaConfig",
     "MambaState",
@@ -51,6 +54,7 @@ MIXERS: tuple[type[MixerConfig], ...] = (
     RNNConfig,
     RWKV4Config,
     LRNNConfig,
+    LRUConfig,
 )
 # Those of the feed-forward layers.
 FFNS: tuple[type[MixerConfig], ...] = (GLUConfig, RWKV4ChannelConfig)
