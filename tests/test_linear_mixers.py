@@ -21,20 +21,6 @@ VARIANTS: dict[str, MixerConfig] = {
 }
 
 
-def complex_kernels() -> bool:
-    one = torch.ones(1, 1, 1, dtype=torch.complex64)
-    try:
-        recurra.linear_scan(one, one)
-    except RuntimeError:
-        return False
-    return True
-
-
-# Where linear_scan has no complex kernel, what needs one is tested with the reference.
-COMPLEX = (LRUConfig,)
-OPS = recurra if complex_kernels() else recurra.reference
-
-
 def model(mixer: MixerConfig, dtype: torch.dtype = torch.float64, layers: int = 2) -> recurra.LM:
     torch.manual_seed(1)
     lm = recurra.LM(LMConfig(vocab_size=31, d_model=12, n_layers=layers, mixer=mixer)).to(dtype)
@@ -44,8 +30,6 @@ def model(mixer: MixerConfig, dtype: torch.dtype = torch.float64, layers: int = 
                 p.mul_(3)
             if name.endswith("_proj.bias"):
                 p.add_(0.3 * torch.randn_like(p))
-    if isinstance(mixer, COMPLEX):
-        lm.use_ops(OPS)
     return lm
 
 
@@ -111,8 +95,6 @@ def test_a_named_configuration_learns(name):
     config = dataclasses.replace(CONFIGS[name], d_model=32, n_layers=2, vocab_size=16)
     torch.manual_seed(0)
     lm = recurra.LM(config)
-    if isinstance(config.mixer, COMPLEX):
-        lm.use_ops(OPS)
     assert config.parameter_count() == sum(p.numel() for p in lm.parameters())
     optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-2)
     tokens = (torch.arange(41) * 7 % 16).repeat(4, 1)  # a cycle
@@ -134,8 +116,6 @@ def test_saves_and_loads_itself(mixer, dtype, tmp_path):
     lm = model(mixer, dtype)
     lm.save_pretrained(tmp_path)
     again = recurra.LM.from_pretrained(tmp_path)
-    if isinstance(mixer, COMPLEX):
-        again.use_ops(OPS)
     assert again.config == lm.config
     tokens = torch.randint(0, 31, (1, 9))
     assert torch.equal(again(tokens)[0], lm(tokens)[0])

@@ -185,7 +185,7 @@ class Trainer:
 def _optimizer(model: LM, options: TrainOptions) -> torch.optim.Optimizer:
     decayed, rest = [], []
     for name, p in model.named_parameters():
-        matrix = p.dim() == 2 and not name.endswith(("A_log", "recurrent"))
+        matrix = p.dim() == 2 and name.endswith(".weight")
         (decayed if matrix else rest).append(p)
     return torch.optim.AdamW(
         [
