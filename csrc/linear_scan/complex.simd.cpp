@@ -191,13 +191,13 @@ void backward(const LinearScanBackward& args) {
   const bool reduced = static_cast<bool>(args.partial);
   const bool whole = !reduced && in_place(args.h) && in_place(args.da) && in_place(args.db) &&
                      (!args.dh || in_place(args.dh));
-  const Cut shape = cut(args.h, args.sequences.count, whole);
-  const int64_t width = 2 * shape.channels;
   const bool stream = streams(args.db);
   // Sequences that add into the same sums are walked by one task, in order.
   const bool shared = reduced && args.sequences.count > 1 &&
                       (args.sequences.offsets ? args.a.size[1] == 1 : args.a.size[0] == 1);
   const int64_t owned = shared ? args.sequences.count : 1;
+  const Cut shape = cut(args.h, shared ? 1 : args.sequences.count, whole);
+  const int64_t width = 2 * shape.channels;
   const int64_t tasks = args.sequences.count / (owned ? owned : 1) * shape.blocks;
   const bool back = !args.reverse;  // the walk is against the scan
   const bool serial = args.h.size[0] * args.h.size[1] * channels < kSerialBelow;
@@ -221,6 +221,7 @@ void backward(const LinearScanBackward& args) {
       load_pair_row<T>(plane(args.h0, n, c0), nc, first, width);
       if (length > 0) {
         Gate<T> gate(a, args.log_a, nc, width);
+        const bool ahead = nc < channels && pairs_in_place<T>(h, nc);
         for (int64_t t0 = 0; t0 < length; t0 += shape.steps) {
           const int64_t steps = length - t0 < shape.steps ? length - t0 : shape.steps;
           const bool last = t0 + steps == length;
@@ -233,6 +234,11 @@ void backward(const LinearScanBackward& args) {
           const Tile<T> to_a = da.at(t0), to_b = db.at(t0);
           for (int64_t t = 0; t < steps; ++t) {
             const T* before = last && t == steps - 1 ? first : th.row(t);
+            if (ahead && t0 + t + kAhead + 1 < length) {
+              prefetch_row(a, t0 + t + kAhead, nc);
+              prefetch_row(h, t0 + t + kAhead + 1, nc);
+              if (dh) prefetch_row(dh, t0 + t + kAhead, nc);
+            }
             for (int64_t c = 0; c < 2 * nc; c += kLanes) {
               Vec<T> g = Vec<T>::load(carry + c);
               if (dh) g = Vec<T>::load(td.row(t) + c) + g;

@@ -313,7 +313,7 @@ def _import(with_peers: bool) -> list[Measured]:
 SELECTIVE_SHAPES = ((1, 1536, 1024, 16), (8, 512, 512, 16), (4, 1536, 2048, 16))
 LINEAR_SHAPES = ((8, 2048, 1024), (1, 65536, 256), (64, 512, 512))
 BLOCK_SHAPES = ((8, 2048, 128, 4),)
-SOFTMAX_SHAPES = ((8, 1024, 1024), (1, 4096, 768))
+SOFTMAX_SHAPES = ((8, 2048, 512), (1, 4096, 768))
 CONV_SHAPES = tuple(shape[:3] for shape in SELECTIVE_SHAPES)
 STEP_SHAPE = (1, 1536)
 
