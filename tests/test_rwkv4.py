@@ -103,7 +103,7 @@ def test_the_mixer_is_the_formulas():
             p.copy_(torch.randn_like(p))
 
         def mixed(layer: torch.nn.Module, name: str) -> torch.Tensor:
-            mu = getattr(layer, f"time_mix_{name}")
+            mu = getattr(layer, f"time_mix_{name}")[0]
             return (mu * x + (1 - mu) * before) @ getattr(layer, name).weight.T
 
         k, v, r = (mixed(mixer, name) for name in ("key", "value", "receptance"))
@@ -142,11 +142,13 @@ def test_initial_weights():
     lm = recurra.LM(dataclasses.replace(CONFIGS["rwkv4"], d_model=30, n_layers=3))
     first, middle, last = (block.mixer for block in lm.layers)
     channels = torch.arange(30) / 30
-    torch.testing.assert_close(first.time_mix_key.detach(), channels)
-    torch.testing.assert_close(last.time_mix_key.detach(), channels ** (1 / 3))
-    torch.testing.assert_close(last.time_mix_value.detach(), channels ** (1 / 3) + 0.3)
-    torch.testing.assert_close(first.time_mix_receptance.detach(), channels**0.5)
-    torch.testing.assert_close(lm.layers[2].ffn.time_mix_receptance.detach(), channels ** (1 / 3))
+    torch.testing.assert_close(first.time_mix_key.detach()[0, 0], channels)
+    torch.testing.assert_close(last.time_mix_key.detach()[0, 0], channels ** (1 / 3))
+    torch.testing.assert_close(last.time_mix_value.detach()[0, 0], channels ** (1 / 3) + 0.3)
+    torch.testing.assert_close(first.time_mix_receptance.detach()[0, 0], channels**0.5)
+    torch.testing.assert_close(
+        lm.layers[2].ffn.time_mix_receptance.detach()[0, 0], channels ** (1 / 3)
+    )
     for mixer in (first, middle, last):
         assert mixer.time_decay[0] == -5 and mixer.time_decay[-1] == 3
         assert mixer.time_decay.diff().min() > 0

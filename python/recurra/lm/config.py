@@ -42,6 +42,10 @@ class LMConfig:
             for nothing.
         norm: rms; gemma, whose weight is 1 more than the parameter; or layer.
         norm_eps: added to the mean square in the norms.
+        final_norm_eps: that of the last norm; ``norm_eps`` when None.
+        rescale_every: what the norms add grows fourfold after every so many blocks, so that
+            logits are those of a residual stream that is halved there, as transformers does
+            with RWKV-4's against overflow; 0 for never.
         embed_norm: whether the embedding is normed before the first block.
         embed_scale: factor of the embedding.
         logits_soft_cap: c of c tanh(logits / c); 0 for none.
@@ -61,6 +65,8 @@ class LMConfig:
     ffn: MixerConfig | None = None
     norm: str = "rms"
     norm_eps: float = 1e-5
+    final_norm_eps: float | None = None
+    rescale_every: int = 0
     embed_norm: bool = False
     embed_scale: float = 1.0
     logits_soft_cap: float = 0.0
@@ -75,9 +81,16 @@ class LMConfig:
             d_model=(1, 1 << 20),
             n_layers=(1, 4096),
             norm_eps=(0.0, 1.0),
+            final_norm_eps=(0.0, 1.0),
+            rescale_every=(0, 1 << 31),
             embed_scale=(0.0, 1e6),
             logits_soft_cap=(0.0, 1e6),
         )
+        if self.rescale_every and self.n_layers // self.rescale_every > 60:
+            raise ValueError(
+                f"LMConfig: rescale_every must halve at most 60 times, got {self.rescale_every} "
+                f"in {self.n_layers} layers"
+            )
         if self.norm not in NORMS:
             raise ValueError(
                 f"LMConfig: norm must be one of {', '.join(NORMS)}, got {self.norm:.100}"
@@ -129,9 +142,12 @@ class LMConfig:
         made = {x: by_letter.get(x) or _LETTERS[x]() for x in set(self.pattern)}
         return [made[self.pattern[i % len(self.pattern)]] for i in range(self.n_layers)]
 
-    def make_norm(self) -> nn.Module:
-        """A norm of the residual stream."""
-        return NORMS[self.norm](self.d_model, eps=self.norm_eps)
+    def make_norm(self, layer: int = 0) -> nn.Module:
+        """A norm of the residual stream in a block; the last norm where ``layer`` is n_layers."""
+        last = layer == self.n_layers and self.final_norm_eps is not None
+        eps = self.final_norm_eps if last else self.norm_eps
+        halved = layer // self.rescale_every if self.rescale_every else 0
+        return NORMS[self.norm](self.d_model, eps=eps * 4**halved)
 
     def make_shared(self) -> nn.ModuleDict:
         """What mixers of one kind have in common, by their kind."""
@@ -212,4 +228,5 @@ CONFIGS: dict[str, LMConfig] = {
     "mingru": _rnn("mingru"),
     "minlstm": _rnn("minlstm"),
     "lru": LMConfig(mixer=LRUConfig()),
+    "rwkv4-169m": _rwkv4(vocab_size=50277, d_model=768, n_layers=12),
 }

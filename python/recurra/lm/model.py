@@ -25,14 +25,16 @@ LMState = list[Any]
 class Block(nn.Module):
     """x + mixer(norm(x)), and the same with a feed-forward layer where there is one."""
 
-    def __init__(self, config: LMConfig, mixer: MixerConfig):
+    def __init__(self, config: LMConfig, mixer: MixerConfig, layer: int = 0):
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
-        self.norm = config.make_norm()
+        self.norm = config.make_norm(layer)
         self.mixer = mixer.make(config.d_model)
         if config.ffn is not None:
-            self.ffn_norm = config.make_norm()
+            self.ffn_norm = config.make_norm(layer)
             self.ffn = config.ffn.make(config.d_model)
+        for _, part in self.parts():
+            part.place = layer, config.n_layers  # RWKV begins otherwise in every layer
 
     def parts(self) -> list[tuple[nn.Module, nn.Module]]:
         """Each norm with what follows it."""
@@ -92,13 +94,13 @@ class LM(nn.Module):
         if config.embed_norm:
             self.embed_norm = config.make_norm()
         mixers = config.mixers()
-        self.layers = nn.ModuleList(Block(config, mixer) for mixer in mixers)
+        self.layers = nn.ModuleList(Block(config, mixer, n) for n, mixer in enumerate(mixers))
         self.shared = config.make_shared()
         for kind, module in self.shared.items():
             same = [b.mixer for b, m in zip(self.layers, mixers, strict=True) if m.kind == kind]
             for index, mixer in enumerate(same):
                 mixer.share(module, index)
-        self.norm_f = config.make_norm()
+        self.norm_f = config.make_norm(config.n_layers)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.reset_parameters()
         if config.tie_embeddings:
@@ -111,9 +113,6 @@ class LM(nn.Module):
         if self.norm_f.weight.is_meta:  # takes its time even where there is nothing to fill
             return
         parts = [part for block in self.layers for part in block.parts()]
-        for layer, block in enumerate(self.layers):
-            for _, part in block.parts():
-                part.place = (layer, len(self.layers))  # RWKV begins otherwise in every layer
         for norm, part in parts:
             norm.reset_parameters()
             part.reset_parameters()

@@ -108,7 +108,7 @@ def token_shift(x: Tensor, last: Tensor, cu_seqlens: Tensor | None) -> tuple[Ten
 
 
 def _fill_ratios(mix: Tensor, power: float, plus: float = 0.0) -> None:
-    channels = torch.arange(mix.shape[0], dtype=torch.float64) / mix.shape[0]
+    channels = torch.arange(mix.shape[-1], dtype=torch.float64) / mix.shape[-1]
     mix.copy_(channels**power + plus)
 
 
@@ -116,7 +116,8 @@ class RWKV4(nn.Module):
     """Time mixing of RWKV-4, Peng et al., "RWKV: Reinventing RNNs for the transformer era" (2023),
     section 3.1, equations 11 to 13, 16 and 17.
 
-    Parameters have the names of transformers' RwkvSelfAttention, whose ``output`` is ``out_proj``.
+    Parameters have the names and shapes of transformers' RwkvSelfAttention, whose ``output`` is
+    ``out_proj``.
 
     Args:
         d_model: width of the inputs and outputs.
@@ -135,9 +136,9 @@ class RWKV4(nn.Module):
             raise ValueError(f"RWKV4: expand * d_model must be at least 1, got {N}")
         self.time_decay = nn.Parameter(torch.empty(N))
         self.time_first = nn.Parameter(torch.empty(N))
-        self.time_mix_key = nn.Parameter(torch.empty(d_model))
-        self.time_mix_value = nn.Parameter(torch.empty(d_model))
-        self.time_mix_receptance = nn.Parameter(torch.empty(d_model))
+        self.time_mix_key = nn.Parameter(torch.empty(1, 1, d_model))
+        self.time_mix_value = nn.Parameter(torch.empty(1, 1, d_model))
+        self.time_mix_receptance = nn.Parameter(torch.empty(1, 1, d_model))
         self.key = nn.Linear(d_model, N, bias=False)
         self.value = nn.Linear(d_model, N, bias=False)
         self.receptance = nn.Linear(d_model, N, bias=False)
@@ -203,9 +204,9 @@ class RWKV4(nn.Module):
     def step(self, x: Tensor, state: RWKV4State) -> Tensor:
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
         before = state.shift.to(x.dtype)
-        k = linear_step(torch.lerp(before, x, self.time_mix_key), self.key.weight)
-        v = linear_step(torch.lerp(before, x, self.time_mix_value), self.value.weight)
-        r = linear_step(torch.lerp(before, x, self.time_mix_receptance), self.receptance.weight)
+        k = linear_step(torch.lerp(before, x, self.time_mix_key[0]), self.key.weight)
+        v = linear_step(torch.lerp(before, x, self.time_mix_value[0]), self.value.weight)
+        r = linear_step(torch.lerp(before, x, self.time_mix_receptance[0]), self.receptance.weight)
         state.shift.copy_(x)
         y = self.ops.softmax_scan_step(state.wkv, k, v, decay=self._decay(), bonus=self.time_first)
         return linear_step(torch.sigmoid(r) * y, self.out_proj.weight)
@@ -215,7 +216,8 @@ class RWKV4Channel(nn.Module):
     """Channel mixing of RWKV-4, Peng et al. (2023), equations 14, 15 and 18: what follows an
     :class:`RWKV4` mixer in its block. It remembers the last input.
 
-    Parameters have the names of transformers' RwkvFeedForward, whose ``value`` is ``out_proj``.
+    Parameters have the names and shapes of transformers' RwkvFeedForward, whose ``value`` is
+    ``out_proj``.
 
     Args:
         d_model: width of the inputs and outputs.
@@ -231,8 +233,8 @@ class RWKV4Channel(nn.Module):
         N = (config or RWKV4ChannelConfig()).channels(d_model)
         if N < 1:
             raise ValueError(f"RWKV4Channel: expand * d_model must be at least 1, got {N}")
-        self.time_mix_key = nn.Parameter(torch.empty(d_model))
-        self.time_mix_receptance = nn.Parameter(torch.empty(d_model))
+        self.time_mix_key = nn.Parameter(torch.empty(1, 1, d_model))
+        self.time_mix_receptance = nn.Parameter(torch.empty(1, 1, d_model))
         self.key = nn.Linear(d_model, N, bias=False)
         self.receptance = nn.Linear(d_model, d_model, bias=False)
         self.out_proj = nn.Linear(N, d_model, bias=False)
@@ -255,7 +257,7 @@ class RWKV4Channel(nn.Module):
     def initial_state(self, batch: int) -> RWKV4ChannelState:
         """Zeros: the state before the first input of ``batch`` sequences."""
         mix = self.time_mix_key
-        return RWKV4ChannelState(mix.new_zeros(batch, mix.shape[0], dtype=state_dtype(mix.dtype)))
+        return RWKV4ChannelState(mix.new_zeros(batch, mix.shape[-1], dtype=state_dtype(mix.dtype)))
 
     def forward(
         self, x: Tensor, state: RWKV4ChannelState | None = None, *, cu_seqlens: Tensor | None = None
@@ -272,7 +274,7 @@ class RWKV4Channel(nn.Module):
     def step(self, x: Tensor, state: RWKV4ChannelState) -> Tensor:
         """(B, d_model) to the same; updates ``state`` in place."""
         before = state.shift.to(x.dtype)
-        k = linear_step(torch.lerp(before, x, self.time_mix_key), self.key.weight)
-        r = linear_step(torch.lerp(before, x, self.time_mix_receptance), self.receptance.weight)
+        k = linear_step(torch.lerp(before, x, self.time_mix_key[0]), self.key.weight)
+        r = linear_step(torch.lerp(before, x, self.time_mix_receptance[0]), self.receptance.weight)
         state.shift.copy_(x)
         return torch.sigmoid(r) * linear_step(torch.relu(k).square(), self.out_proj.weight)
