@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -185,3 +186,101 @@ def test_16_bit_models_follow_their_float32_twins():
     stepped = half.initial_state(2)
     steps = torch.stack([half.step(token, stepped) for token in tokens.unbind(1)], 1)
     assert (steps - got).abs().max() < 0.05 * want.abs().max()
+
+
+# Checkpoints --------------------------------------------------------------------------------------
+
+
+def theirs(**sizes):
+    """transformers' model with random weights, large enough for every part to matter."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(2)
+    config = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "context_length": 16}
+    made = transformers.RwkvForCausalLM(transformers.RwkvConfig(**config | sizes))
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return made.eval()
+
+
+SIZES = {
+    "plain": {},
+    "rescaled": {"num_hidden_layers": 5, "rescale_every": 2},
+    "rescaled at the end": {"num_hidden_layers": 4, "rescale_every": 2},
+    "large epsilon": {"num_hidden_layers": 4, "rescale_every": 1, "layer_norm_epsilon": 1e-2},
+    "not rescaled": {"num_hidden_layers": 8, "rescale_every": -1},
+    "other widths": {"attention_hidden_size": 48, "intermediate_size": 83},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_logits_are_those_of_transformers(sizes, tmp_path):
+    peer = theirs(**sizes)
+    peer.save_pretrained(tmp_path / "theirs")
+    lm = recurra.LM.from_pretrained(tmp_path / "theirs")
+    tokens = torch.randint(0, 50, (2, 300))
+    with torch.no_grad():
+        want, got = peer(tokens, use_cache=False).logits, lm(tokens)[0]
+    assert want.std() > 0.5
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    # And back: what we write, transformers reads.
+    lm.save_pretrained(tmp_path / "ours")
+    again = type(peer).from_pretrained(tmp_path / "ours")
+    for name, value in type(peer).from_pretrained(tmp_path / "theirs").state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    with torch.no_grad():
+        assert torch.equal(again(tokens, use_cache=False).logits, want)
+    assert recurra.LM.from_pretrained(tmp_path / "ours").config == lm.config
+
+
+@pytest.mark.parametrize("name", ["plain", "rescaled"])
+def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
+    peer = theirs(**SIZES[name])
+    peer.save_pretrained(tmp_path)
+    lm = recurra.LM.from_pretrained(tmp_path)
+    prompt = torch.randint(0, 50, (1, 40))
+    want = peer.generate(prompt, max_new_tokens=100, do_sample=False, eos_token_id=None)
+    (got,) = lm.generate([prompt[0]], max_tokens=100, stop_tokens=())
+    assert got == want[0, 40:].tolist() and len(set(got)) > 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_saves_and_loads_itself(config, dtype, tmp_path):
+    lm = model(config, dtype)
+    lm.save_pretrained(tmp_path)
+    again = recurra.LM.from_pretrained(tmp_path)
+    assert again.config == lm.config
+    kind = json.loads((tmp_path / "config.json").read_text())["model_type"]
+    assert kind == ("rwkv" if config is VARIANTS["default"] else "recurra")
+    tokens = torch.randint(0, 31, (1, 9))
+    assert torch.equal(again(tokens)[0], lm(tokens)[0])
+
+
+def test_what_is_wrong_with_a_checkpoint_is_named(tmp_path):
+    model(VARIANTS["default"], torch.float32).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    whole = json.loads(path.read_text())
+
+    def refused(sentence: str, **changes) -> None:
+        path.write_text(json.dumps(whole | changes))
+        with pytest.raises(ValueError) as error:
+            recurra.LM.from_pretrained(tmp_path)
+        assert sentence in str(error.value) and "\n" not in str(error.value)
+
+    refused("model_type must be", model_type="rwkv7")
+    refused(
+        "attention_hidden_size must be an integer from 1 to 2147483648, got 0",
+        attention_hidden_size=0,
+    )
+    refused(
+        "intermediate_size must be an integer from 1 to 2147483648, got '48'",
+        intermediate_size="48",
+    )
+    refused("d_model must be int, got '12' (str)", hidden_size="12")
+    refused("rescale_every must be int, got 1.5 (float)", rescale_every=1.5)
+    refused("rescale_every must halve at most 60 times", rescale_every=1, num_hidden_layers=61)
+    refused("config.json says 3 layers, the weights have 2", num_hidden_layers=3)
+    refused("layers.0.ffn.key.weight", intermediate_size=36)
+    refused("", model_type="mamba")  # its weights have other names

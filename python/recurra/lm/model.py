@@ -225,7 +225,7 @@ class LM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> LM:
-        """Loads a checkpoint as :meth:`save_pretrained` and, for Mamba, transformers write it.
+        """Loads a checkpoint as :meth:`save_pretrained` and transformers write it.
 
         Args:
             folder: with config.json and model.safetensors, whole or in shards.
@@ -240,7 +240,7 @@ class LM(nn.Module):
         return pretrained.load(Path(folder), dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors, which transformers loads if the mixer is Mamba.
+        """Writes config.json and model.safetensors; transformers loads those of its models.
 
         Each is written beside its final name and renamed, the configuration last: an interrupted
         call leaves whole files, but over another model perhaps one of each.

@@ -16,11 +16,12 @@ import torch
 
 from recurra._files import shown
 from recurra.lm.config import LMConfig
-from recurra.lm.formats import mamba, recurra
+from recurra.lm.formats import mamba, recurra, rwkv
 
 # By their model_type; the first that can say all of a configuration writes it.
 FORMATS: dict[str, ModuleType] = {
     "mamba": mamba,
+    "rwkv": rwkv,
     "recurra": recurra,
 }
 
