@@ -224,9 +224,9 @@ CONFIGS: dict[str, LMConfig] = {
     "lem": _rnn("lem"),
     "slstm": _rnn("slstm"),
     "rwkv4": _rwkv4(),
+    "rwkv4-169m": _rwkv4(vocab_size=50277, d_model=768, n_layers=12),
     "lrnn": LMConfig(mixer=LRNNConfig()),
     "mingru": _rnn("mingru"),
     "minlstm": _rnn("minlstm"),
     "lru": LMConfig(mixer=LRUConfig()),
-    "rwkv4-169m": _rwkv4(vocab_size=50277, d_model=768, n_layers=12),
 }
