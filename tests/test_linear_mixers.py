@@ -10,14 +10,18 @@ import torch.nn.functional as F
 
 import recurra
 from recurra.lm import CONFIGS, LMConfig
-from recurra.nn import LRNN, LRU, LRNNConfig, LRUConfig, MixerConfig
+from recurra.nn import HGRN, LRNN, LRU, HGRNConfig, LRNNConfig, LRUConfig, MixerConfig
 
-NAMED = ["lrnn", "lru"]
+NAMED = ["lrnn", "lru", "hgrn"]
 VARIANTS: dict[str, MixerConfig] = {
     "lrnn": LRNNConfig(expand=1.5),
     "lrnn of odd blocks": LRNNConfig(block=5, p=1.0),
     "lru": LRUConfig(expand=1.5),
     "lru of long memories": LRUConfig(r_min=0.9, r_max=0.999, max_phase=0.3),
+    "hgrn": HGRNConfig(expand=1.5),
+    "hgrn of signed gates": HGRNConfig(eig_range=(-1, 1)),
+    "complex hgrn": HGRNConfig(complex=True),
+    "complex hgrn of signed gates": HGRNConfig(complex=True, eig_range=(-0.5, 1)),
 }
 
 
@@ -138,6 +142,13 @@ def test_sizes_out_of_range_are_refused():
         LRUConfig(expand=0.01).make(10)
 
 
+@pytest.mark.parametrize("config", [HGRNConfig], ids=lambda c: c.kind)
+def test_ranges_of_gates_are_checked(config):
+    for bad in [(-1.5, 1), (0.1, 1), (-1, 0.9), (-1,), -1, (False, 1)]:
+        with pytest.raises(ValueError, match=f"{config.__name__}: eig_range must be"):
+            config(eig_range=bad)
+
+
 def test_lrnn_columns_have_norm_1_and_zeros_stay():
     lrnn = LRNN(8, LRNNConfig(block=3)).double()
     x = torch.randn(2, 5, 8, dtype=torch.float64)
@@ -177,3 +188,39 @@ def test_lru_begins_on_its_ring():
     torch.testing.assert_close(lru.gamma_log.exp().square(), 1 - lam.abs().square())
     whole = LRU(512).eigenvalues().abs()
     assert 0 < whole.min() < 0.2 and 0.99 < whole.max() < 1
+
+
+@pytest.mark.parametrize("low", [0, -1])
+def test_hgrn_bounds_ascend(low):
+    mixer = HGRNConfig(eig_range=(low, 1))
+    lm = model(mixer, layers=3)
+    torch.nn.init.normal_(lm.shared["hgrn"].Gamma)
+    assert sum("Gamma" in name for name in lm.state_dict()) == 1
+    assert lm.config.parameter_count() == sum(p.numel() for p in lm.parameters())
+    # Gates that are shut are at their bound: what is left of a state of ones after one step.
+    bounds = []
+    for block in lm.layers:
+        hgrn = block.mixer
+        torch.nn.init.zeros_(hgrn.in_proj.weight)
+        shut, rest = hgrn._gates(torch.full((12,), -1e3, dtype=torch.float64))
+        bounds.append(shut.exp() if low == 0 else shut)
+        close(rest, 1 - bounds[-1])
+        wide, rest = hgrn._gates(torch.full((12,), 50.0, dtype=torch.float64))
+        assert (rest > 0).all() and (rest < 1e-20).all()  # no bit is lost close to 1
+    assert (bounds[0] == low).all()
+    assert (bounds[1] > bounds[0]).all() and (bounds[2] > bounds[1]).all() and (bounds[2] < 1).all()
+    share = lm.shared["hgrn"].Gamma.softmax(0)
+    close(bounds[2], low + (1 - low) * (share[0] + share[1]))
+
+
+def test_hgrn_alone_is_the_formula():
+    hgrn = HGRN(5, HGRNConfig(complex=True)).double()
+    x = torch.randn(1, 6, 5, dtype=torch.float64)
+    f, c, g = hgrn.in_proj(x).split((5, 10, 10), -1)
+    c, f = F.silu(c).unflatten(-1, (5, 2)), f.sigmoid()
+    h, rows = torch.zeros(1, 5, dtype=torch.complex128), []
+    for t in range(6):
+        h = f[:, t] * torch.exp(1j * hgrn.theta) * h
+        h = h + (1 - f[:, t]) * torch.complex(c[:, t, :, 0], c[:, t, :, 1])
+        rows.append(torch.view_as_real(h).flatten(1))
+    close(hgrn(x)[0], hgrn.out_proj(hgrn.norm(torch.stack(rows, 1)) * F.silu(g)))

@@ -14,6 +14,7 @@ from recurra._files import shown
 from recurra.nn import (
     FFNS,
     MIXERS,
+    HGRNConfig,
     LRNNConfig,
     LRUConfig,
     MambaConfig,
@@ -229,4 +230,5 @@ CONFIGS: dict[str, LMConfig] = {
     "mingru": _rnn("mingru"),
     "minlstm": _rnn("minlstm"),
     "lru": LMConfig(mixer=LRUConfig()),
+    "hgrn": LMConfig(mixer=HGRNConfig()),
 }

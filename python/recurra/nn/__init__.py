@@ -7,6 +7,7 @@ steps give the same results.
 
 from recurra.nn._config import MixerConfig
 from recurra.nn.ffn import GLU, GLUConfig
+from recurra.nn.hgrn import HGRN, HGRNConfig
 from recurra.nn.log_space import log_space_scan
 from recurra.nn.lrnn import LRNN, LRNNConfig
 from recurra.nn.lru import LRU, LRUConfig
@@ -25,12 +26,14 @@ from recurra.nn.rwkv4 import (
 __all__ = [
     "FFNS",
     "GLU",
+    "HGRN",
     "LRNN",
     "LRU",
     "MIXERS",
     "RNN",
     "RWKV4",
     "GLUConfig",
+    "HGRNConfig",
     "LRNNConfig",
     "LRUConfig",
     "Mamba",
@@ -55,6 +58,7 @@ MIXERS: tuple[type[MixerConfig], ...] = (
     RWKV4Config,
     LRNNConfig,
     LRUConfig,
+    HGRNConfig,
 )
 # Those of the feed-forward layers.
 FFNS: tuple[type[MixerConfig], ...] = (GLUConfig, RWKV4ChannelConfig)
