@@ -10,9 +10,18 @@ import torch.nn.functional as F
 
 import recurra
 from recurra.lm import CONFIGS, LMConfig
-from recurra.nn import HGRN, LRNN, LRU, HGRNConfig, LRNNConfig, LRUConfig, MixerConfig
+from recurra.nn import (
+    HGRN,
+    LRNN,
+    LRU,
+    HGRNConfig,
+    LRNNConfig,
+    LRUConfig,
+    MixerConfig,
+    QRNNConfig,
+)
 
-NAMED = ["lrnn", "lru", "hgrn"]
+NAMED = ["lrnn", "lru", "hgrn", "qrnn"]
 VARIANTS: dict[str, MixerConfig] = {
     "lrnn": LRNNConfig(expand=1.5),
     "lrnn of odd blocks": LRNNConfig(block=5, p=1.0),
@@ -22,6 +31,8 @@ VARIANTS: dict[str, MixerConfig] = {
     "hgrn of signed gates": HGRNConfig(eig_range=(-1, 1)),
     "complex hgrn": HGRNConfig(complex=True),
     "complex hgrn of signed gates": HGRNConfig(complex=True, eig_range=(-0.5, 1)),
+    "qrnn": QRNNConfig(expand=1.5, window=3),
+    "qrnn of signed gates": QRNNConfig(window=1, eig_range=(-1, 1)),
 }
 
 
@@ -142,7 +153,7 @@ def test_sizes_out_of_range_are_refused():
         LRUConfig(expand=0.01).make(10)
 
 
-@pytest.mark.parametrize("config", [HGRNConfig], ids=lambda c: c.kind)
+@pytest.mark.parametrize("config", [HGRNConfig, QRNNConfig], ids=lambda c: c.kind)
 def test_ranges_of_gates_are_checked(config):
     for bad in [(-1.5, 1), (0.1, 1), (-1, 0.9), (-1,), -1, (False, 1)]:
         with pytest.raises(ValueError, match=f"{config.__name__}: eig_range must be"):
@@ -207,6 +218,7 @@ def test_hgrn_bounds_ascend(low):
         close(rest, 1 - bounds[-1])
         wide, rest = hgrn._gates(torch.full((12,), 50.0, dtype=torch.float64))
         assert (rest > 0).all() and (rest < 1e-20).all()  # no bit is lost close to 1
+        assert low < 0 or torch.allclose(wide, -rest, rtol=1e-14, atol=0)
     assert (bounds[0] == low).all()
     assert (bounds[1] > bounds[0]).all() and (bounds[2] > bounds[1]).all() and (bounds[2] < 1).all()
     share = lm.shared["hgrn"].Gamma.softmax(0)

@@ -126,15 +126,19 @@ class HGRN(ScanMixer):
 
     def _gates(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """The gate, or its logarithm where it cannot be negative, and 1 less the gate."""
-        bound = None if self.bounds is None else self.bounds[0](self.bounds[1])
+        low, log_f = self.low, F.logsigmoid(f)
+        if self.bounds is not None:
+            module, index = self.bounds
+            bound = module(index)
+            low = self.low + (1 - self.low) * bound
+        rest = (1 - low) * torch.sigmoid(-f)
         if self.low < 0:
-            low = self.low if bound is None else self.low + (1 - self.low) * bound
-            rest = (1 - low) * torch.sigmoid(-f)
             return 1 - rest, rest
-        log_f = F.logsigmoid(f)
-        if bound is not None:
-            log_f = torch.logaddexp(bound.log(), torch.log1p(-bound) + log_f)
-        return log_f, -torch.expm1(log_f)
+        if self.bounds is not None:
+            # Each is exact where the other is not, close to 1 and to 0.
+            small = torch.logaddexp(bound.log(), torch.log1p(-bound) + log_f)
+            log_f = torch.where(rest < 0.5, torch.log1p(-rest.clamp(max=0.5)), small)
+        return log_f, rest
 
     def _before(self, x: Tensor, linear: Apply) -> tuple[tuple[Tensor, Tensor], Tensor]:
         parts = self.norm.weight.shape[0]
