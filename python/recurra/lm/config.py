@@ -19,6 +19,7 @@ from recurra.nn import (
     LRUConfig,
     MambaConfig,
     MixerConfig,
+    QRNNConfig,
     RNNConfig,
     RWKV4ChannelConfig,
     RWKV4Config,
@@ -231,4 +232,5 @@ CONFIGS: dict[str, LMConfig] = {
     "minlstm": _rnn("minlstm"),
     "lru": LMConfig(mixer=LRUConfig()),
     "hgrn": LMConfig(mixer=HGRNConfig()),
+    "qrnn": LMConfig(mixer=QRNNConfig()),
 }

@@ -13,6 +13,7 @@ from recurra.nn.lrnn import LRNN, LRNNConfig
 from recurra.nn.lru import LRU, LRUConfig
 from recurra.nn.mamba import Mamba, MambaConfig, MambaState
 from recurra.nn.norm import RMSNorm
+from recurra.nn.qrnn import QRNN, QRNNConfig, QRNNState
 from recurra.nn.rnn import RNN, RNNConfig, RNNState
 from recurra.nn.rwkv4 import (
     RWKV4,
@@ -30,6 +31,7 @@ __all__ = [
     "LRNN",
     "LRU",
     "MIXERS",
+    "QRNN",
     "RNN",
     "RWKV4",
     "GLUConfig",
@@ -40,6 +42,8 @@ __all__ = [
     "MambaConfig",
     "MambaState",
     "MixerConfig",
+    "QRNNConfig",
+    "QRNNState",
     "RMSNorm",
     "RNNConfig",
     "RNNState",
@@ -59,6 +63,7 @@ MIXERS: tuple[type[MixerConfig], ...] = (
     LRNNConfig,
     LRUConfig,
     HGRNConfig,
+    QRNNConfig,
 )
 # Those of the feed-forward layers.
 FFNS: tuple[type[MixerConfig], ...] = (GLUConfig, RWKV4ChannelConfig)

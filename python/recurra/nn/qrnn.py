@@ -1,0 +1,152 @@
+"""The quasi-recurrent network."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from recurra import ops
+from recurra._check import state_dtype
+from recurra.nn._config import MixerConfig, check_eig_range, check_fields
+from recurra.nn._scan import channels
+from recurra.ops.linear_step import linear_step
+
+
+@dataclasses.dataclass(frozen=True)
+class QRNNConfig(MixerConfig):
+    """Sizes of a :class:`QRNN` mixer.
+
+    Attributes:
+        expand: channels, N, as a multiple of the width of the model.
+        window: k, inputs that the convolution reads.
+        eig_range: (low, 1), between which the forget gates lie.
+
+    Raises:
+        ValueError: a size or the range is out of range.
+    """
+
+    kind: ClassVar[str] = "qrnn"
+    letter: ClassVar[str] = "Q"
+
+    expand: float = 1
+    window: int = 2
+    eig_range: tuple = (0, 1)
+
+    def __post_init__(self) -> None:
+        check_fields(self, expand=(1e-3, 1024.0), window=(1, 1024))
+        check_eig_range(self)
+
+    def make(self, d_model: int) -> QRNN:
+        """The mixer."""
+        return QRNN(d_model, self)
+
+
+class QRNNState(NamedTuple):
+    """What a :class:`QRNN` remembers.
+
+    Attributes:
+        conv: the last inputs, (B, k-1, d_model).
+        c: the state of the pooling, (B, N).
+
+    Both are float32 for 16-bit models, otherwise of the dtype of the model.
+    """
+
+    conv: Tensor
+    c: Tensor
+
+
+def windows(x: Tensor, before: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The last k inputs at each time, oldest first.
+
+    Args:
+        x: (B, T, D).
+        before: the k-1 inputs before them, (B, k-1, D), or (S, k-1, D) with ``cu_seqlens``.
+        cu_seqlens: (S + 1,), the ends of S sequences packed along T.
+
+    Returns:
+        (B, T, k D), and the last k-1 inputs, in the dtype of ``before``.
+    """
+    if cu_seqlens is not None:
+        lengths = cu_seqlens.diff().tolist()
+        pairs = zip(x.split(lengths, 1), before.split(1), strict=True)
+        parts, last = zip(*(windows(*pair) for pair in pairs), strict=True)
+        return torch.cat(parts, 1), torch.cat(last)
+    k, T = before.shape[1] + 1, x.shape[1]
+    whole = torch.cat([before.to(x.dtype), x], 1)
+    seen = torch.cat([whole[:, j : j + T] for j in range(k)], -1)
+    return seen, whole[:, T:].to(before.dtype)
+
+
+class QRNN(nn.Module):
+    r"""Quasi-recurrent network with fo-pooling: Bradbury et al., "Quasi-recurrent neural networks"
+    (2017), section 2.
+
+    A convolution over the last k inputs gives the candidate z through tanh and the gates f and o
+    through sigmoids; then :math:`c_t = f_t c_{t-1} + (1 - f_t) z_t` and :math:`h_t = o_t c_t`.
+
+    Args:
+        d_model: width of the inputs and outputs.
+        config: the sizes inside.
+    """
+
+    # Where the ops come from; an instance may be given recurra.reference instead.
+    ops = ops
+
+    def __init__(self, d_model: int, config: QRNNConfig | None = None):
+        super().__init__()
+        config = config or QRNNConfig()
+        self.k, self.low = config.window, config.eig_range[0]
+        N = channels("QRNN", config.expand, d_model)
+        # The convolution as a layer over the k inputs that it reads.
+        self.in_proj = nn.Linear(self.k * d_model, 3 * N)
+        self.out_proj = nn.Linear(N, d_model, bias=False)
+
+    def reset_parameters(self) -> None:
+        """As in torch.nn."""
+        self.in_proj.reset_parameters()
+        self.out_proj.reset_parameters()
+
+    def initial_state(self, batch: int) -> QRNNState:
+        """Zeros: the state before the first input of ``batch`` sequences."""
+        width, N = self.out_proj.weight.shape
+        like, dtype = self.out_proj.weight.new_zeros, state_dtype(self.out_proj.weight.dtype)
+        return QRNNState(like(batch, self.k - 1, width, dtype=dtype), like(batch, N, dtype=dtype))
+
+    def _gates(self, zfo: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate and input of the scan, and the output gate."""
+        z, f, o = zfo.chunk(3, dim=-1)
+        rest = (1 - self.low) * torch.sigmoid(-f)
+        return 1 - rest, rest * torch.tanh(z), torch.sigmoid(o)
+
+    def forward(
+        self, x: Tensor, state: QRNNState | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, QRNNState]:
+        """Mixes whole sequences, or the next chunk of them.
+
+        Args:
+            x: (B, T, d_model).
+            state: what the last call returned; zeros when None. With ``cu_seqlens`` one row for
+                each sequence.
+            cu_seqlens: (S + 1,), the ends of S sequences packed along T; B must be 1.
+
+        Returns:
+            y, shape of ``x``, and the state after the last input. Gradients flow through both.
+        """
+        count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        conv, c = state or self.initial_state(count)
+        seen, conv = windows(x, conv, cu_seqlens)
+        a, b, o = self._gates(self.in_proj(seen))
+        y, c = self.ops.linear_scan(a, b, c, cu_seqlens=cu_seqlens)
+        return self.out_proj(o * y), QRNNState(conv, c)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: QRNNState) -> Tensor:
+        """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
+        seen, conv = windows(x[:, None], state.conv)
+        state.conv.copy_(conv)
+        a, b, o = self._gates(linear_step(seen[:, 0], self.in_proj.weight, self.in_proj.bias))
+        y = self.ops.linear_scan_step(state.c, a, b)
+        return linear_step(o * y, self.out_proj.weight)
