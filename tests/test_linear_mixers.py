@@ -19,9 +19,10 @@ from recurra.nn import (
     LRUConfig,
     MixerConfig,
     QRNNConfig,
+    SCRNConfig,
 )
 
-NAMED = ["lrnn", "lru", "hgrn", "qrnn"]
+NAMED = ["lrnn", "lru", "hgrn", "qrnn", "scrn"]
 VARIANTS: dict[str, MixerConfig] = {
     "lrnn": LRNNConfig(expand=1.5),
     "lrnn of odd blocks": LRNNConfig(block=5, p=1.0),
@@ -33,6 +34,7 @@ VARIANTS: dict[str, MixerConfig] = {
     "complex hgrn of signed gates": HGRNConfig(complex=True, eig_range=(-0.5, 1)),
     "qrnn": QRNNConfig(expand=1.5, window=3),
     "qrnn of signed gates": QRNNConfig(window=1, eig_range=(-1, 1)),
+    "scrn": SCRNConfig(expand=1.5, alpha=0.8),
 }
 
 

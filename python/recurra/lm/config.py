@@ -23,6 +23,7 @@ from recurra.nn import (
     RNNConfig,
     RWKV4ChannelConfig,
     RWKV4Config,
+    SCRNConfig,
 )
 from recurra.nn._config import check_fields
 from recurra.nn.norm import NORMS
@@ -233,4 +234,5 @@ CONFIGS: dict[str, LMConfig] = {
     "lru": LMConfig(mixer=LRUConfig()),
     "hgrn": LMConfig(mixer=HGRNConfig()),
     "qrnn": LMConfig(mixer=QRNNConfig()),
+    "scrn": LMConfig(mixer=SCRNConfig()),
 }

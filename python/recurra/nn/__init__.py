@@ -23,6 +23,7 @@ from recurra.nn.rwkv4 import (
     RWKV4Config,
     RWKV4State,
 )
+from recurra.nn.scrn import SCRN, SCRNConfig, SCRNState
 
 __all__ = [
     "FFNS",
@@ -34,6 +35,7 @@ __all__ = [
     "QRNN",
     "RNN",
     "RWKV4",
+    "SCRN",
     "GLUConfig",
     "HGRNConfig",
     "LRNNConfig",
@@ -52,6 +54,8 @@ __all__ = [
     "RWKV4ChannelState",
     "RWKV4Config",
     "RWKV4State",
+    "SCRNConfig",
+    "SCRNState",
     "log_space_scan",
 ]
 
@@ -64,6 +68,7 @@ MIXERS: tuple[type[MixerConfig], ...] = (
     LRUConfig,
     HGRNConfig,
     QRNNConfig,
+    SCRNConfig,
 )
 # Those of the feed-forward layers.
 FFNS: tuple[type[MixerConfig], ...] = (GLUConfig, RWKV4ChannelConfig)
