@@ -14,15 +14,22 @@ from recurra.nn import (
     HGRN,
     LRNN,
     LRU,
+    LSSL,
+    S4D,
+    S5,
     HGRNConfig,
     LRNNConfig,
     LRUConfig,
+    LSSLConfig,
     MixerConfig,
     QRNNConfig,
+    S4DConfig,
+    S5Config,
     SCRNConfig,
 )
+from recurra.nn.s4 import exp_and_phi, hippo_frequencies, hippo_legs
 
-NAMED = ["lrnn", "lru", "hgrn", "qrnn", "scrn"]
+NAMED = ["lrnn", "lru", "hgrn", "qrnn", "scrn", "s4d", "s5", "lssl"]
 VARIANTS: dict[str, MixerConfig] = {
     "lrnn": LRNNConfig(expand=1.5),
     "lrnn of odd blocks": LRNNConfig(block=5, p=1.0),
@@ -35,6 +42,12 @@ VARIANTS: dict[str, MixerConfig] = {
     "qrnn": QRNNConfig(expand=1.5, window=3),
     "qrnn of signed gates": QRNNConfig(window=1, eig_range=(-1, 1)),
     "scrn": SCRNConfig(expand=1.5, alpha=0.8),
+    "s4d": S4DConfig(d_state=6),
+    "s4d as convolution": S4DConfig(d_state=6, view="convolution"),
+    "s5": S5Config(d_state=18),
+    "s5 as convolution": S5Config(d_state=18, view="convolution"),
+    "lssl": LSSLConfig(d_state=5),
+    "lssl as convolution": LSSLConfig(d_state=5, view="convolution"),
 }
 
 
@@ -153,6 +166,14 @@ def test_sizes_out_of_range_are_refused():
         LRUConfig(r_min=0.9, r_max=0.5)
     with pytest.raises(ValueError, match=r"LRU: expand \* d_model must be at least 1, got 0"):
         LRUConfig(expand=0.01).make(10)
+    with pytest.raises(ValueError, match="S5Config: d_state must be even, got 5"):
+        S5Config(d_state=5)
+    with pytest.raises(ValueError, match="LSSLConfig: d_state must be from 1 to 16, got 17"):
+        LSSLConfig(d_state=17)
+    with pytest.raises(ValueError, match="S4DConfig: view must be one of recurrent, convolution"):
+        S4DConfig(view="fft")
+    with pytest.raises(ValueError, match="S4DConfig: dt_max must be from 0.1 to"):
+        S4DConfig(dt_min=0.1, dt_max=0.01)
 
 
 @pytest.mark.parametrize("config", [HGRNConfig, QRNNConfig], ids=lambda c: c.kind)
@@ -238,3 +259,40 @@ def test_hgrn_alone_is_the_formula():
         h = h + (1 - f[:, t]) * torch.complex(c[:, t, :, 0], c[:, t, :, 1])
         rows.append(torch.view_as_real(h).flatten(1))
     close(hgrn(x)[0], hgrn.out_proj(hgrn.norm(torch.stack(rows, 1)) * F.silu(g)))
+
+
+@pytest.mark.parametrize("mixer", [S4D, S5, LSSL])
+def test_recurrent_is_convolution(mixer):
+    torch.manual_seed(0)
+    layer = mixer(8).double()
+    x = torch.randn(2, 1000, 8, dtype=torch.float64)
+    first = layer(x[:, :300])[1]
+
+    def run(view):
+        layer.view = view
+        y, state = layer(x[:, 300:], first)
+        leaves = [first.h, *layer.parameters()]
+        return y, state.h, *torch.autograd.grad((y * x[:, 300:]).sum(), leaves, retain_graph=True)
+
+    for got, want in zip(run("convolution"), run("recurrent"), strict=True):
+        assert (got - want).abs().max() <= 1e-8 * max(1, want.abs().max())
+
+
+def test_lssl_keeps_legendre_coefficients():
+    # HiPPO's A h + B u stands still at the coefficients of a constant: 1, 0, 0 ...
+    A, B = hippo_legs(16)
+    close(-torch.linalg.solve(A, B), F.one_hot(torch.tensor(0), 16).double())
+    # Its normal part is A and a matrix of rank one.
+    root = (torch.arange(16, dtype=torch.float64) + 0.5).sqrt()
+    roots = torch.linalg.eigvals(A + root[:, None] * root)
+    close(roots.imag.sort().values[8:], hippo_frequencies(16))
+    close(roots.real, torch.full((16,), -0.5, dtype=torch.float64))
+
+
+def test_exponentials_close_to_1_keep_their_bits():
+    z = torch.tensor([1e-9 + 2e-9j, -1e-12 + 3e-5j, -2 + 3j], dtype=torch.complex128)
+    e, less = exp_and_phi(z)
+    close(e, z.exp())
+    series = z * (1 + z / 2 * (1 + z / 3))
+    torch.testing.assert_close(less[:2], series[:2], rtol=1e-14, atol=0)
+    close(less[2], z[2].exp() - 1)

@@ -17,12 +17,15 @@ from recurra.nn import (
     HGRNConfig,
     LRNNConfig,
     LRUConfig,
+    LSSLConfig,
     MambaConfig,
     MixerConfig,
     QRNNConfig,
     RNNConfig,
     RWKV4ChannelConfig,
     RWKV4Config,
+    S4DConfig,
+    S5Config,
     SCRNConfig,
 )
 from recurra.nn._config import check_fields
@@ -235,4 +238,7 @@ CONFIGS: dict[str, LMConfig] = {
     "hgrn": LMConfig(mixer=HGRNConfig()),
     "qrnn": LMConfig(mixer=QRNNConfig()),
     "scrn": LMConfig(mixer=SCRNConfig()),
+    "s4d": LMConfig(mixer=S4DConfig()),
+    "s5": LMConfig(mixer=S5Config()),
+    "lssl": LMConfig(mixer=LSSLConfig()),
 }

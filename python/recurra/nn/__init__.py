@@ -23,6 +23,7 @@ from recurra.nn.rwkv4 import (
     RWKV4Config,
     RWKV4State,
 )
+from recurra.nn.s4 import LSSL, S4D, S5, LSSLConfig, S4DConfig, S5Config
 from recurra.nn.scrn import SCRN, SCRNConfig, SCRNState
 
 __all__ = [
@@ -31,15 +32,19 @@ __all__ = [
     "HGRN",
     "LRNN",
     "LRU",
+    "LSSL",
     "MIXERS",
     "QRNN",
     "RNN",
     "RWKV4",
+    "S4D",
+    "S5",
     "SCRN",
     "GLUConfig",
     "HGRNConfig",
     "LRNNConfig",
     "LRUConfig",
+    "LSSLConfig",
     "Mamba",
     "MambaConfig",
     "MambaState",
@@ -54,6 +59,8 @@ __all__ = [
     "RWKV4ChannelState",
     "RWKV4Config",
     "RWKV4State",
+    "S4DConfig",
+    "S5Config",
     "SCRNConfig",
     "SCRNState",
     "log_space_scan",
@@ -69,6 +76,9 @@ MIXERS: tuple[type[MixerConfig], ...] = (
     HGRNConfig,
     QRNNConfig,
     SCRNConfig,
+    S4DConfig,
+    S5Config,
+    LSSLConfig,
 )
 # Those of the feed-forward layers.
 FFNS: tuple[type[MixerConfig], ...] = (GLUConfig, RWKV4ChannelConfig)

@@ -1,0 +1,367 @@
+"""State space models constant over time: S4D, S5 and LSSL, each as a recurrence and as a
+convolution."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recurra._check import state_dtype
+from recurra.nn._complex import to_complex, to_real
+from recurra.nn._config import MixerConfig, check_fields
+from recurra.nn._scan import Apply, ScanMixer
+
+_VIEWS = ("recurrent", "convolution")
+
+
+@dataclasses.dataclass(frozen=True)
+class S4DConfig(MixerConfig):
+    """Sizes of an :class:`S4D` mixer.
+
+    Attributes:
+        d_state: N, states of a channel, in N/2 conjugate pairs.
+        dt_min: least time step at the beginning; small for long memories.
+        dt_max: largest.
+        view: recurrent, or convolution, by fast Fourier transforms, for whole sequences and
+            chunks; packed sequences and steps are recurrent always. Both give the same.
+
+    Raises:
+        ValueError: the view is unknown, or a size is out of range.
+    """
+
+    kind: ClassVar[str] = "s4d"
+    letter: ClassVar[str] = "D"
+    largest: ClassVar[int] = 65536
+
+    d_state: int = 64
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    view: str = "recurrent"
+
+    def __post_init__(self) -> None:
+        check_fields(self, d_state=(1, self.largest), dt_min=(1e-8, 1e4), dt_max=(self.dt_min, 1e4))
+        if self.view not in _VIEWS:
+            raise ValueError(
+                f"{type(self).__name__}: view must be one of {', '.join(_VIEWS)}, "
+                f"got {self.view:.100}"
+            )
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        if self.d_state % 2:
+            raise ValueError(f"{type(self).__name__}: d_state must be even, got {self.d_state}")
+
+    def make(self, d_model: int) -> S4D:
+        """The mixer."""
+        return S4D(d_model, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class S5Config(S4DConfig):
+    """Sizes of an :class:`S5` mixer: as :class:`S4DConfig`, but the states are those of all
+    channels together."""
+
+    kind: ClassVar[str] = "s5"
+    letter: ClassVar[str] = "S"
+
+    def make(self, d_model: int) -> S5:
+        """The mixer."""
+        return S5(d_model, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class LSSLConfig(S4DConfig):
+    """Sizes of an :class:`LSSL` mixer: as :class:`S4DConfig`, with at most 16 states a channel,
+    each of which meets all others at every step.
+
+    Attributes:
+        alpha: of the generalised bilinear transform: 0 for Euler's, 1 for the backward one.
+    """
+
+    kind: ClassVar[str] = "lssl"
+    letter: ClassVar[str] = "P"
+    largest: ClassVar[int] = 16
+
+    d_state: int = 16
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self, alpha=(0.0, 1.0))
+
+    def _check_pairs(self) -> None:
+        """States are real and need not come in pairs."""
+
+    def make(self, d_model: int) -> LSSL:
+        """The mixer."""
+        return LSSL(d_model, self)
+
+
+def causal_convolution(u: Tensor, kernel: Tensor) -> Tensor:
+    """y_t = sum_l kernel_l u_{t-l} for u (B, T, D) and a kernel (D, T) of each channel."""
+    T = u.shape[1]
+    product = torch.fft.rfft(u.mT, 2 * T) * torch.fft.rfft(kernel, 2 * T)
+    return torch.fft.irfft(product, 2 * T)[..., :T].mT
+
+
+def krylov(A: Tensor, v: Tensor, T: int) -> Tensor:
+    """v, A v, ..., A^(T-1) v for A (..., N, N) and v (..., N), as (..., T, N), by doubling."""
+    rows = v[..., None, :]
+    while rows.shape[-2] < T:
+        rows = torch.cat([rows, rows @ A.mT], -2)
+        A = A @ A
+    return rows[..., :T, :]
+
+
+def exp_and_phi(z: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(z) and exp(z) - 1, of which no bit is lost close to 0, of complex numbers."""
+    x, y = z.real, z.imag
+    real = torch.expm1(x) * torch.cos(y) - 2 * torch.sin(y / 2).square()
+    e = torch.exp(z)
+    return e, torch.complex(real, e.imag)
+
+
+def hippo_legs(N: int) -> tuple[Tensor, Tensor]:
+    """A (N, N) and B (N,) of HiPPO-LegS, which keep the Legendre coefficients of all that was:
+    Gu et al., "HiPPO: recurrent memory with optimal polynomial projections" (2020), theorem 2."""
+    n = torch.arange(N, dtype=torch.float64)
+    root = (2 * n + 1).sqrt()
+    return -torch.tril(root[:, None] * root, -1) - torch.diag(n + 1), root
+
+
+def hippo_frequencies(N: int) -> Tensor:
+    """The N/2 positive imaginary parts of the eigenvalues of HiPPO-LegS's normal part; the real
+    ones are -1/2. S5's paper, section 3.3."""
+    root = (torch.arange(N, dtype=torch.float64) + 0.5).sqrt()
+    outer = root[:, None] * root
+    return torch.linalg.eigvalsh(1j * (torch.tril(outer, -1) - torch.triu(outer, 1)))[N // 2 :]
+
+
+class StateSpace(ScanMixer):
+    """What the three have in common: y = SSM(x) + D x, then GELU and a gated linear unit."""
+
+    def __init__(self, d_model: int, config: S4DConfig, steps: int):
+        super().__init__()
+        self.config, self.view = config, config.view
+        self.log_dt = nn.Parameter(torch.empty(steps))
+        self.D = nn.Parameter(torch.empty(d_model))
+        self.out_proj = nn.Linear(d_model, 2 * d_model)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Time steps log-uniform between their bounds; D normal; the rest as :meth:`_reset`."""
+        if self.D.is_meta:  # takes its time even where there is nothing to fill
+            return
+        nn.init.uniform_(self.log_dt, math.log(self.config.dt_min), math.log(self.config.dt_max))
+        nn.init.normal_(self.D)
+        self.out_proj.reset_parameters()
+        self._reset()
+
+    def _wide(self, *names: str) -> list[Tensor]:
+        """Parameters in the dtype of states: 16 bits are not enough for a system."""
+        return [p.to(state_dtype(p.dtype)) for p in (getattr(self, name) for name in names)]
+
+    def _before(self, x: Tensor, linear: Apply) -> tuple[Tensor, Tensor]:
+        return x.to(state_dtype(x.dtype)), x
+
+    def _scan(self, u: Tensor, h: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        with torch.autocast(u.device.type, enabled=False):
+            if self.view == "convolution" and cu_seqlens is None and u.shape[1]:
+                return self._convolution(u, h)
+            return self._recurrence(u, h, cu_seqlens)
+
+    def _after(self, y: Tensor, x: Tensor, linear: Apply) -> Tensor:
+        y = F.gelu(y.to(x.dtype) + self.D * x)
+        return F.glu(linear(self.out_proj, y), dim=-1)
+
+
+class S4D(StateSpace):
+    r"""Diagonal state space of each channel: Gu, Gupta, Goel and Re, "On the parameterization and
+    initialization of diagonal state space models" (2022), section 3 and algorithm 1; S4D-Lin.
+
+    :math:`h' = A h + u`, :math:`y = 2\,\mathrm{Re}(C h)` with zero-order hold in steps of dt.
+
+    Args:
+        d_model: width of the inputs and outputs.
+        config: the sizes inside.
+    """
+
+    def __init__(self, d_model: int, config: S4DConfig | None = None):
+        config = config or S4DConfig()
+        super().__init__(d_model, config, d_model)
+        pairs = (d_model, config.d_state // 2)
+        self.A_real_log = nn.Parameter(torch.empty(pairs))
+        self.A_imag = nn.Parameter(torch.empty(pairs))
+        self.C = nn.Parameter(torch.empty(*pairs, 2))
+        self.reset_parameters()
+
+    def _reset(self) -> None:
+        """A = -1/2 + i pi n, C complex normal."""
+        nn.init.constant_(self.A_real_log, math.log(0.5))
+        self.A_imag.copy_(math.pi * torch.arange(self.A_imag.shape[1]).expand_as(self.A_imag))
+        nn.init.normal_(self.C, std=0.5**0.5)
+
+    def _state_shape(self) -> tuple[int, ...]:
+        return (self.A_imag.numel(), 2)
+
+    def _system(self) -> tuple[Tensor, Tensor, Tensor]:
+        """dt A, exp(dt A), and C times what the input is multiplied by; all (D, N/2)."""
+        log_dt, real, imag, C = self._wide("log_dt", "A_real_log", "A_imag", "C")
+        A = torch.complex(-real.exp(), imag)
+        z = log_dt.exp()[:, None] * A
+        a, less = exp_and_phi(z)
+        return z, a, torch.view_as_complex(C) * less / A
+
+    def _recurrence(self, u: Tensor, h: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        _, a, c = self._system()
+        b = u[..., None].expand(*u.shape, a.shape[1]).flatten(-2).to(a.dtype)
+        y, h = self.ops.linear_scan(
+            a.view(1, 1, -1), b, torch.view_as_complex(h), cu_seqlens=cu_seqlens
+        )
+        return 2 * (y.unflatten(-1, a.shape) * c).real.sum(-1), torch.view_as_real(h)
+
+    def _convolution(self, u: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        z, a, c = self._system()
+        T, h = u.shape[1], torch.view_as_complex(h).unflatten(-1, a.shape)
+        powers = torch.exp(z[..., None] * torch.arange(T, device=z.device))
+        y = causal_convolution(u, 2 * torch.einsum("dn,dnt->dt", c, powers).real)
+        y = y + 2 * torch.einsum("bdn,dnt->btd", c * a * h, powers).real
+        last = torch.einsum("dnt,btd->bdn", powers.flip(-1), u.to(a.dtype)) + torch.exp(z * T) * h
+        return y, torch.view_as_real(last.flatten(1))
+
+    def _scan_step(self, u: Tensor, h: Tensor) -> Tensor:
+        _, a, c = self._system()
+        b = u[..., None].expand(*u.shape, a.shape[1]).flatten(-2).to(a.dtype)
+        y = self.ops.linear_scan_step(torch.view_as_complex(h), a.view(1, -1), b)
+        return 2 * (y.unflatten(-1, a.shape) * c).real.sum(-1)
+
+
+class S5(StateSpace):
+    r"""One diagonal state space of all channels: Smith, Warrington and Linderman, "Simplified state
+    space layers for sequence modeling" (2023), section 3.
+
+    :math:`h' = \Lambda h + B u`, :math:`y = 2\,\mathrm{Re}(C h)` with zero-order hold in steps of
+    dt, one for each pair of states.
+
+    Args:
+        d_model: width of the inputs and outputs.
+        config: the sizes inside.
+    """
+
+    def __init__(self, d_model: int, config: S5Config | None = None):
+        config = config or S5Config()
+        N = config.d_state
+        super().__init__(d_model, config, N // 2)
+        self.A_real_log = nn.Parameter(torch.empty(N // 2))
+        self.A_imag = nn.Parameter(torch.empty(N // 2))
+        # Complex matrices as real ones: B to both parts of the state, C from both.
+        self.in_proj = nn.Linear(d_model, N, bias=False)
+        self.state_proj = nn.Linear(N, d_model, bias=False)
+        self.reset_parameters()
+
+    def _reset(self) -> None:
+        """Eigenvalues of HiPPO-LegS's normal part, B and C normal."""
+        nn.init.constant_(self.A_real_log, math.log(0.5))
+        self.A_imag.copy_(hippo_frequencies(self.config.d_state))
+        nn.init.normal_(self.in_proj.weight, std=(2 * self.in_proj.in_features) ** -0.5)
+        nn.init.normal_(self.state_proj.weight, std=self.config.d_state**-0.5)
+
+    def _state_shape(self) -> tuple[int, ...]:
+        return (*self.A_imag.shape, 2)
+
+    def _system(self) -> tuple[Tensor, Tensor, Tensor]:
+        """dt Lambda, exp(dt Lambda), and what B u is multiplied by; all (N/2,)."""
+        log_dt, real, imag = self._wide("log_dt", "A_real_log", "A_imag")
+        A = torch.complex(-real.exp(), imag)
+        z = log_dt.exp() * A
+        a, less = exp_and_phi(z)
+        return z, a, less / A
+
+    def _before(self, x: Tensor, linear: Apply) -> tuple[Tensor, Tensor]:
+        return to_complex(linear(self.in_proj, x)), x
+
+    def _recurrence(self, u: Tensor, h: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        _, a, b = self._system()
+        y, h = self.ops.linear_scan(
+            a[None, None], b * u, torch.view_as_complex(h), cu_seqlens=cu_seqlens
+        )
+        return y, torch.view_as_real(h)
+
+    def _convolution(self, u: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        z, a, b = self._system()
+        T = u.shape[1]
+        powers = torch.exp(z * torch.arange(T, device=z.device)[:, None])
+        product = torch.fft.fft(b * u, 2 * T, 1) * torch.fft.fft(powers, 2 * T, 0)
+        y = torch.fft.ifft(product, dim=1)[:, :T]
+        y = y + powers * (a * torch.view_as_complex(h))[:, None]
+        return y, torch.view_as_real(y[:, -1])
+
+    def _scan_step(self, u: Tensor, h: Tensor) -> Tensor:
+        _, a, b = self._system()
+        return self.ops.linear_scan_step(torch.view_as_complex(h), a[None], b * u)
+
+    def _after(self, h: Tensor, x: Tensor, linear: Apply) -> Tensor:
+        return super()._after(2 * linear(self.state_proj, to_real(h, x.dtype)), x, linear)
+
+
+class LSSL(StateSpace):
+    r"""Linear state space layer, beginning as HiPPO-LegS: Gu et al., "Combining recurrent,
+    convolutional, and continuous-time models with linear state space layers" (2021), section 3.
+
+    :math:`h' = A h + B u`, :math:`y = C h` with a dense A, by the generalised bilinear transform
+    in steps of dt, one for each channel.
+
+    Args:
+        d_model: width of the inputs and outputs.
+        config: the sizes inside.
+    """
+
+    def __init__(self, d_model: int, config: LSSLConfig | None = None):
+        config = config or LSSLConfig()
+        super().__init__(d_model, config, d_model)
+        N = config.d_state
+        self.A = nn.Parameter(torch.empty(N, N))
+        self.B = nn.Parameter(torch.empty(N))
+        self.C = nn.Parameter(torch.empty(d_model, N))
+        self.reset_parameters()
+
+    def _reset(self) -> None:
+        """A and B of HiPPO-LegS, C normal."""
+        A, B = hippo_legs(self.config.d_state)
+        self.A.copy_(A)
+        self.B.copy_(B)
+        nn.init.normal_(self.C, std=self.config.d_state**-0.5)
+
+    def _state_shape(self) -> tuple[int, ...]:
+        return tuple(self.C.shape)
+
+    def _system(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A (D, N, N) and B (D, N) of a step of each channel, and C."""
+        log_dt, A, B, C = self._wide("log_dt", "A", "B", "C")
+        alpha, dt = self.config.alpha, log_dt.exp()[:, None, None]
+        eye = torch.eye(A.shape[0], dtype=A.dtype, device=A.device)
+        ahead = torch.cat([eye + (1 - alpha) * dt * A, dt * B[:, None]], -1)
+        solved = torch.linalg.solve(eye - alpha * dt * A, ahead)
+        return solved[..., :-1], solved[..., -1], C
+
+    def _recurrence(self, u: Tensor, h: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        A, B, C = self._system()
+        y, h = self.ops.block_scan(A[None, None], u[..., None] * B, h, cu_seqlens=cu_seqlens)
+        return (y * C).sum(-1), h
+
+    def _convolution(self, u: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        A, B, C = self._system()
+        T = u.shape[1]
+        powers, free = krylov(A, B, T), krylov(A, h, T + 1)
+        y = causal_convolution(u, (powers * C[:, None]).sum(-1))
+        y = y + (free[:, :, 1:] * C[:, None]).sum(-1).mT
+        return y, torch.einsum("dtn,btd->bdn", powers.flip(1), u) + free[:, :, -1]
+
+    def _scan_step(self, u: Tensor, h: Tensor) -> Tensor:
+        A, B, C = self._system()
+        return (self.ops.block_scan_step(h, A[None], u[..., None] * B) * C).sum(-1)
