@@ -17,6 +17,8 @@ from recurra.nn import (
     LSSL,
     S4D,
     S5,
+    Aaren,
+    AarenConfig,
     HGRNConfig,
     LRNNConfig,
     LRUConfig,
@@ -29,7 +31,7 @@ from recurra.nn import (
 )
 from recurra.nn.s4 import exp_and_phi, hippo_frequencies, hippo_legs
 
-NAMED = ["lrnn", "lru", "hgrn", "qrnn", "scrn", "s4d", "s5", "lssl"]
+NAMED = ["lrnn", "lru", "hgrn", "qrnn", "scrn", "s4d", "s5", "lssl", "aaren"]
 VARIANTS: dict[str, MixerConfig] = {
     "lrnn": LRNNConfig(expand=1.5),
     "lrnn of odd blocks": LRNNConfig(block=5, p=1.0),
@@ -48,6 +50,7 @@ VARIANTS: dict[str, MixerConfig] = {
     "s5 as convolution": S5Config(d_state=18, view="convolution"),
     "lssl": LSSLConfig(d_state=5),
     "lssl as convolution": LSSLConfig(d_state=5, view="convolution"),
+    "aaren": AarenConfig(heads=2),
 }
 
 
@@ -120,6 +123,23 @@ def test_gradients_are_those_of_the_reference(mixer):
         torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-10, msg=name)
 
 
+@pytest.mark.parametrize("mixer", VARIANTS.values(), ids=VARIANTS)
+def test_bfloat16_arithmetic_is_close(mixer):
+    lm = model(mixer, torch.bfloat16).float()  # so that what is rounded is not the weights
+    tokens = torch.randint(0, 31, (2, 23), generator=torch.Generator().manual_seed(3))
+    want = lm(tokens)[0].detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        first, state = lm(tokens[:, :9])
+        got = torch.cat([first, lm(tokens[:, 9:], state)[0]], 1)
+    assert (got - want).norm() < 0.05 * want.norm()
+    got.sum().backward()
+    assert all(p.grad.isfinite().all() for p in lm.parameters())
+    lm = lm.bfloat16()
+    stepped = lm.initial_state(2)
+    steps = torch.stack([lm.step(token, stepped) for token in tokens.unbind(1)], 1)
+    assert (steps - want).norm() < 0.05 * want.norm()
+
+
 @pytest.mark.parametrize("name", NAMED)
 def test_a_named_configuration_learns(name):
     config = dataclasses.replace(CONFIGS[name], d_model=32, n_layers=2, vocab_size=16)
@@ -174,6 +194,8 @@ def test_sizes_out_of_range_are_refused():
         S4DConfig(view="fft")
     with pytest.raises(ValueError, match="S4DConfig: dt_max must be from 0.1 to"):
         S4DConfig(dt_min=0.1, dt_max=0.01)
+    with pytest.raises(ValueError, match="Aaren: heads must divide d_model, 10, got 3"):
+        AarenConfig(heads=3).make(10)
 
 
 @pytest.mark.parametrize("config", [HGRNConfig, QRNNConfig], ids=lambda c: c.kind)
@@ -296,3 +318,12 @@ def test_exponentials_close_to_1_keep_their_bits():
     series = z * (1 + z / 2 * (1 + z / 3))
     torch.testing.assert_close(less[:2], series[:2], rtol=1e-14, atol=0)
     close(less[2], z[2].exp() - 1)
+
+
+def test_aaren_is_attention_with_one_query():
+    aaren = Aaren(12, AarenConfig(heads=3)).double()
+    x = torch.randn(2, 40, 12, dtype=torch.float64)
+    k, v = (p.unflatten(-1, (3, 4)).transpose(1, 2) for p in aaren.in_proj(x).chunk(2, -1))
+    q = aaren.query[:, None].expand(2, 3, 40, 4)
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    close(aaren(x)[0], aaren.out_proj(o.transpose(1, 2).flatten(2)))

@@ -14,6 +14,8 @@ from recurra._files import shown
 from recurra.nn import (
     FFNS,
     MIXERS,
+    AarenConfig,
+    GLUConfig,
     HGRNConfig,
     LRNNConfig,
     LRUConfig,
@@ -241,4 +243,5 @@ CONFIGS: dict[str, LMConfig] = {
     "s4d": LMConfig(mixer=S4DConfig()),
     "s5": LMConfig(mixer=S5Config()),
     "lssl": LMConfig(mixer=LSSLConfig()),
+    "aaren": LMConfig(mixer=AarenConfig(), ffn=GLUConfig()),
 }

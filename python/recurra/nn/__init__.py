@@ -6,6 +6,7 @@ steps give the same results.
 """
 
 from recurra.nn._config import MixerConfig
+from recurra.nn.aaren import Aaren, AarenConfig
 from recurra.nn.ffn import GLU, GLUConfig
 from recurra.nn.hgrn import HGRN, HGRNConfig
 from recurra.nn.log_space import log_space_scan
@@ -40,6 +41,8 @@ __all__ = [
     "S4D",
     "S5",
     "SCRN",
+    "Aaren",
+    "AarenConfig",
     "GLUConfig",
     "HGRNConfig",
     "LRNNConfig",
@@ -79,6 +82,7 @@ MIXERS: tuple[type[MixerConfig], ...] = (
     S4DConfig,
     S5Config,
     LSSLConfig,
+    AarenConfig,
 )
 # Those of the feed-forward layers.
 FFNS: tuple[type[MixerConfig], ...] = (GLUConfig, RWKV4ChannelConfig)
