@@ -17,6 +17,7 @@ from recurra.bench.problems import (
     IMPORT,
     LM,
     MEMORY,
+    RWKV4,
     STEP,
     Built,
     Case,
@@ -446,7 +447,8 @@ def table() -> list[Case]:
     ]
     from recurra.bench import dropin, models  # which are made of the cases above
 
-    for op, builders in ((LM, models.BUILDERS), (DROP_IN, dropin.BUILDERS)):
+    whole = {LM: models.BUILDERS, RWKV4: models.RWKV4_BUILDERS, DROP_IN: dropin.BUILDERS}
+    for op, builders in whole.items():
         cases += [Case(op, (), name, build) for name, build in builders.items()]
     return [*cases, Case(IMPORT, (), "", _import)]
 

@@ -21,7 +21,7 @@ import recurra
 from recurra.bench.cases import BACKWARD, FORWARD, Built, Measured, case
 from recurra.bench.floors import module
 from recurra.bench.timing import interleave
-from recurra.lm import CONFIGS, LMConfig
+from recurra.lm import CONFIGS
 
 _BATCH, _LENGTH = 4, 512
 _PROMPT = 512
@@ -76,7 +76,7 @@ def _transformers(model: recurra.LM, dtype: torch.dtype, **options):
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return transformers.MambaForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
 
 
 def train(with_peers: bool) -> list[Measured]:
@@ -135,40 +135,38 @@ def _peer(
     return [Measured(ratio, f"x the tokens/s of {name}", limit, text, at_least=True)]
 
 
-def _products(config: LMConfig, rows: int, last: int) -> Callable[[], None]:
+def _products(model: recurra.LM, rows: int, last: int) -> Callable[[], None]:
     """The matrix products of a model, by torch: of its blocks on ``rows`` tokens, of its head on
     ``last``."""
-    D, rank = config.mixer.sizes(config.d_model)
-    N, width = config.mixer.d_state, config.d_model
-    sizes = [(width, 2 * D), (D, rank + 2 * N), (rank, D), (D, width)]
-    inputs = [torch.randn(rows, k) for k, _ in sizes]
-    layers = [[torch.randn(n, k) for k, n in sizes] for _ in range(config.n_layers)]
-    x, head = torch.randn(last, width), torch.randn(config.vocab_size, width)
+    layers = [m for m in model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    weights = [torch.randn(m.out_features, m.in_features) for m in layers]
+    inputs = {m.in_features: torch.randn(rows, m.in_features) for m in layers}
+    x, head = torch.randn(last, model.config.d_model), torch.randn(model.lm_head.weight.shape)
 
     def run() -> None:
-        for weights in layers:
-            for a, w in zip(inputs, weights, strict=True):
-                F.linear(a, w)
+        for w in weights:
+            F.linear(inputs[w.shape[1]], w)
         F.linear(x, head)
 
     return run
 
 
-def prefill(with_peers: bool) -> list[Measured]:
-    """Reading a prompt of 512 tokens; the logits of the last one."""
-    config = CONFIGS["mamba-130m"]
-    model = recurra.LM(config).eval()
-    tokens = torch.randint(0, config.vocab_size, (1, _PROMPT))
+def read_prompt(
+    model: recurra.LM, length: int, ops: list[Built], with_peers: bool
+) -> list[Measured]:
+    """Reading a prompt of one text; the logits of the last token.
+
+    Args:
+        model: the model.
+        length: tokens of the prompt.
+        ops: the cases of its ops, one for each call.
+        with_peers: whether to compare with transformers' model of the same weights.
+    """
+    tokens = torch.randint(0, model.config.vocab_size, (1, length))
     runs = {
         "ours": lambda: model(tokens, last_only=True),
-        "products": _products(config, _PROMPT, 1),
+        "products": _products(model, length, 1),
     }
-    D, _ = config.mixer.sizes(config.d_model)
-    shape = (1, D, _PROMPT)
-    built: list[Built] = [
-        case("selective_scan", (*shape, config.mixer.d_state), FORWARD).build(False),
-        case("causal_conv1d", shape, FORWARD).build(False),
-    ]
     absent = ""
     if with_peers:
         peer = _transformers(model, torch.float32)
@@ -179,10 +177,10 @@ def prefill(with_peers: bool) -> list[Measured]:
     with torch.inference_mode():
         if "transformers" in runs:
             _check(runs["ours"]()[0], runs["transformers"]().logits)
-        probes = {k: v for b in built for k, v in b.floor.probes().items()}
+        probes = {k: v for b in ops for k, v in b.floor.probes().items()}
         times, measured = interleave(runs, probes, _ROUNDS)
     seconds = {name: t.median for name, t in times.items()}
-    floors = config.n_layers * sum(b.floor.seconds(measured) for b in built)
+    floors = sum(b.floor.seconds(measured) for b in ops)
     allowed = 1.25 * seconds["products"] + 1.5 * floors
     out = [
         Measured(
@@ -194,6 +192,30 @@ def prefill(with_peers: bool) -> list[Measured]:
         )
     ]
     return out + _peer(seconds, absent, with_peers, None, "transformers")
+
+
+def prefill(with_peers: bool) -> list[Measured]:
+    """Reading a prompt of 512 tokens; the logits of the last one."""
+    config = CONFIGS["mamba-130m"]
+    D, _ = config.mixer.sizes(config.d_model)
+    shape = (1, D, _PROMPT)
+    ops: list[Built] = [
+        case("selective_scan", (*shape, config.mixer.d_state), FORWARD).build(False),
+        case("causal_conv1d", shape, FORWARD).build(False),
+    ]
+    return read_prompt(recurra.LM(config).eval(), _PROMPT, ops * config.n_layers, with_peers)
+
+
+def rwkv4_prefill(with_peers: bool) -> list[Measured]:
+    """Reading a prompt of 2048 tokens with RWKV-4; the logits of the last one."""
+    config, length = CONFIGS["rwkv4-169m"], 2048
+    model = recurra.LM(config).eval()
+    with torch.no_grad():  # most projections begin at zero
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    N = config.mixer.channels(config.d_model)
+    ops: list[Built] = [case("softmax_scan", (1, length, N), FORWARD).build(False)]
+    return read_prompt(model, length, ops * config.n_layers, with_peers)
 
 
 def decode(with_peers: bool) -> list[Measured]:
@@ -294,3 +316,4 @@ def memory(with_peers: bool) -> list[Measured]:
 
 
 BUILDERS = {"train": train, "prefill": prefill, "decode": decode, "memory": memory}
+RWKV4_BUILDERS = {"prefill": rwkv4_prefill}
