@@ -268,7 +268,7 @@ class RWKV4Channel(nn.Module):
         before, shift = token_shift(x, shift, cu_seqlens)
         k = self.key(torch.lerp(before, x, self.time_mix_key))
         r = self.receptance(torch.lerp(before, x, self.time_mix_receptance))
-        return torch.sigmoid(r) * self.out_proj(torch.relu(k).square()), RWKV4ChannelState(shift)
+        return torch.sigmoid(r) * self.out_proj(torch.relu_(k).square()), RWKV4ChannelState(shift)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: RWKV4ChannelState) -> Tensor:
@@ -277,4 +277,4 @@ class RWKV4Channel(nn.Module):
         k = linear_step(torch.lerp(before, x, self.time_mix_key[0]), self.key.weight)
         r = linear_step(torch.lerp(before, x, self.time_mix_receptance[0]), self.receptance.weight)
         state.shift.copy_(x)
-        return torch.sigmoid(r) * linear_step(torch.relu(k).square(), self.out_proj.weight)
+        return torch.sigmoid(r) * linear_step(torch.relu_(k).square(), self.out_proj.weight)
