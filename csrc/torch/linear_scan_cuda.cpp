@@ -11,6 +11,7 @@ namespace {
 std::tuple<Tensor, Tensor> linear_scan_cuda(Tensor a, Tensor b, OptionalTensor h0, bool log_a,
                                             bool reverse, OptionalTensor cu_seqlens) {
   check("linear_scan", {{"a", a}, {"b", b}, {"h0", h0}, {"cu_seqlens", cu_seqlens}});
+  if (is_complex(dtype_of(b))) fail("linear_scan", "b must be real on a CUDA device, got complex");
   LinearScan args;
   // The kernel reads cu_seqlens itself: their values are on the device.
   args.sequences = {cu_seqlens ? cu_seqlens->size(0) - 1 : b.size(0), b.size(1), nullptr};
