@@ -1,6 +1,6 @@
 // The gradient of an argument (B, T, D) that is broadcast along some of its dimensions: partial
 // sums in the compute type, (B, T, D) of the argument, except that a D of 1 becomes one sum for
-// each sixteen channels.
+// each sixteen channels and a B of 1 may become one for each sequence.
 #pragma once
 #include "tile.h"
 
@@ -33,24 +33,26 @@ void accumulate(const View<3>& a, const Plane& to, int64_t steps, int64_t channe
   }
 }
 
-// da = the partial sums, over the blocks of sixteen channels in order where D was broadcast.
-template <class T>
+// da = the partial sums, added in order over what they stand apart for. `parts`: numbers of T of an
+// element, 2 of a complex one.
+template <class T, int parts = 1>
 void write_sums(const View<3>& partial, const View<3>& da) {
   const int64_t rows = da.size[2] ? da.size[0] * da.size[1] : 0;
+  const int64_t apart = rows ? partial.size[0] / da.size[0] : 0;
   const int64_t blocks = rows ? partial.size[2] / da.size[2] : 0;
+  constexpr DType part = kDType<T>;
   parallel((rows + 255) / 256, [&](int64_t task) {
     for (int64_t row = task * 256; row < rows && row < task * 256 + 256; ++row) {
       const int64_t b = row / da.size[1], t = row % da.size[1];
-      if (da.size[2] > 1 || blocks == 1) {
-        for (int64_t d = 0; d < da.size[2]; ++d)
-          store_element<T>(da.at(b, t, d), da.dtype,
-                           *reinterpret_cast<const T*>(partial.at(b, t, d)));
-        continue;
-      }
-      T total = T(0);
-      for (int64_t i = 0; i < blocks; ++i)
-        total += *reinterpret_cast<const T*>(partial.at(b, t, i));
-      store_element<T>(da.at(b, t, 0), da.dtype, total);
+      for (int64_t d = 0; d < da.size[2]; ++d)
+        for (int i = 0; i < parts; ++i) {
+          T total = T(0);
+          for (int64_t n = 0; n < apart; ++n)
+            for (int64_t k = 0; k < blocks; ++k)
+              total += reinterpret_cast<const T*>(partial.at(b * apart + n, t, d * blocks + k))[i];
+          store_element<T>(da.at(b, t, d) + i * item_size(part), parts == 1 ? da.dtype : part,
+                           total);
+        }
     }
   });
 }

@@ -169,32 +169,17 @@ void accumulate_pairs(const View<3>& a, const Plane& to, int64_t steps, int64_t 
   }
 }
 
-// As write_sums().
-template <class T>
-void write_pair_sums(const View<3>& partial, const View<3>& da) {
-  const int64_t blocks = da.size[2] ? partial.size[2] / da.size[2] : 0;
-  for (int64_t b = 0; b < da.size[0]; ++b)
-    for (int64_t t = 0; t < da.size[1]; ++t)
-      for (int64_t d = 0; d < da.size[2]; ++d)
-        for (int part = 0; part < 2; ++part) {
-          T total = T(0);
-          const bool over_channels = da.size[2] == 1;
-          for (int64_t i = 0; i < (over_channels ? blocks : 1); ++i)
-            total += reinterpret_cast<const T*>(partial.at(b, t, over_channels ? i : d))[part];
-          reinterpret_cast<T*>(da.at(b, t, d))[part] = total;
-        }
-}
-
 template <class T>
 void backward(const LinearScanBackward& args) {
   const int64_t channels = args.h.size[2];
   const bool reduced = static_cast<bool>(args.partial);
-  const bool whole = !reduced && in_place(args.h) && in_place(args.da) && in_place(args.db) &&
-                     (!args.dh || in_place(args.dh));
+  const bool over_time = reduced && args.a.size[1] == 1;
+  const bool whole = (over_time || (!reduced && in_place(args.da))) && in_place(args.h) &&
+                     in_place(args.db) && (!args.dh || in_place(args.dh));
   const bool stream = streams(args.db);
   // Sequences that add into the same sums are walked by one task, in order.
-  const bool shared = reduced && args.sequences.count > 1 &&
-                      (args.sequences.offsets ? args.a.size[1] == 1 : args.a.size[0] == 1);
+  const bool shared = reduced && args.sequences.count > 1 && !args.constant() &&
+                      !args.sequences.offsets && args.a.size[0] == 1;
   const int64_t owned = shared ? args.sequences.count : 1;
   const Cut shape = cut(args.h, shared ? 1 : args.sequences.count, whole);
   const int64_t width = 2 * shape.channels;
@@ -205,7 +190,7 @@ void backward(const LinearScanBackward& args) {
     const int64_t c0 = task % shape.blocks * shape.channels;
     const int64_t nc = channels - c0 < shape.channels ? channels - c0 : shape.channels;
     Buffer<T> buffer_h, buffer_d;
-    Row<T> carry, first;
+    Row<T> carry, first, group;  // group: sums of kGroup steps of the gradient of a
     for (int64_t n = task / shape.blocks * owned, end = n + owned; n < end; ++n) {
       const Sequence s = args.sequences[n];
       const int64_t length = s.length();
@@ -213,7 +198,9 @@ void backward(const LinearScanBackward& args) {
                   dh = plane(args.dh, s, back, c0);
       Plane sums;
       if (reduced)
-        sums = plane(args.partial, s, back, 0).at(0, args.a.size[2] == 1 ? c0 / kLanes : c0);
+        sums = (args.constant() ? plane(args.partial, {n, 0, 1}, back, 0)
+                                : plane(args.partial, s, back, 0))
+                   .at(0, args.a.size[2] == 1 ? c0 / kLanes : c0);
       Output<T> da(plane(args.da, s, back, c0), nc, width, stream);
       Output<T> db(plane(args.db, s, back, c0), nc, width, stream);
       if (reduced) da.keep();
@@ -245,23 +232,27 @@ void backward(const LinearScanBackward& args) {
               const Vec<T> ag = conj_factor(Vec<T>::load(ta.row(t) + c)) * g;
               ag.store(carry + c);
               db.put(to_b.row(t) + c, g);
-              da.put(to_a.row(t) + c,
-                     conj_factor(Vec<T>::load(before + c)) * (args.log_a ? ag : g));
+              const Vec<T> d = conj_factor(Vec<T>::load(before + c)) * (args.log_a ? ag : g);
+              if (!over_time)
+                da.put(to_a.row(t) + c, d);
+              else
+                ((t0 + t) % kGroup ? Vec<T>::load(group + c) + d : d).store(group + c);
             }
+            if (over_time && ((t0 + t) % kGroup == kGroup - 1 || t0 + t + 1 == length))
+              accumulate_pairs<T>(args.a, sums, 1, nc, group, width);
           }
           db.done(t0, steps);
-          if (reduced)
-            accumulate_pairs<T>(args.a, sums.at(args.a.size[1] == 1 ? 0 : t0, 0), steps, nc,
-                                da.buffer(), width);
-          else
+          if (!reduced)
             da.done(t0, steps);
+          else if (!over_time)
+            accumulate_pairs<T>(args.a, sums.at(t0, 0), steps, nc, da.buffer(), width);
         }
       }
       store_pairs<T>(plane(args.dh0, n, c0), 1, nc, carry, width, false);
     }
     if (stream) fence();
   });
-  if (reduced) write_pair_sums<T>(args.partial, args.da);
+  if (reduced) write_sums<T, 2>(args.partial, args.da);
 }
 
 template <class T>

@@ -27,10 +27,14 @@ struct LinearScanBackward {
   View<3> da, db;
   View<2> dh0;
   // For a broadcast `a`: partial sums in the compute type, (B, T, D) of a, except that a D of 1
-  // becomes ceil(D / 16) of h, one sum for each sixteen channels.
+  // becomes ceil(D / 16) of h, one sum for each sixteen channels, and where a has neither batch nor
+  // time every sequence has sums of its own.
   View<3> partial;
   Sequences sequences;
   bool log_a = false, reverse = false;
+
+  // Whether one `a` serves all sequences at all times.
+  RECURRA_EVERYWHERE bool constant() const { return a.size[0] == 1 && a.size[1] == 1; }
 };
 
 struct LinearScanStep {

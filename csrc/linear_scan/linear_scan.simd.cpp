@@ -219,8 +219,8 @@ void backward(const LinearScanBackward& args) {
   const Cut shape = cut(args.h, args.sequences.count, tiled);
   const bool stream = streams(args.db);
   // Sequences that add into the same sums are walked by one task, in order.
-  const bool shared = reduced && args.sequences.count > 1 &&
-                      (args.sequences.offsets ? args.a.size[1] == 1 : args.a.size[0] == 1);
+  const bool shared = reduced && args.sequences.count > 1 && !args.constant() &&
+                      !args.sequences.offsets && args.a.size[0] == 1;
   const int64_t owned = shared ? args.sequences.count : 1;
   const int64_t tasks = args.sequences.count / (owned ? owned : 1) * shape.blocks;
   const bool back = !args.reverse;  // the walk is against the scan
@@ -238,7 +238,8 @@ void backward(const LinearScanBackward& args) {
       Plane sums;
       if (reduced) {
         const bool over_channels = args.a.size[2] == 1;
-        sums = plane(args.partial, s, back, 0);
+        sums = args.constant() ? plane(args.partial, {n, 0, 1}, back, 0)
+                               : plane(args.partial, s, back, 0);
         sums = sums.at(0, over_channels ? c0 / kLanes : c0);
       }
       load_row<T>(plane(args.dh_last, n, c0), nc, carry, shape.width);

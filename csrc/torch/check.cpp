@@ -451,13 +451,14 @@ Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, DType dty
                                   kScalarTypes[static_cast<int>(dtype)]);
 }
 
-OptionalTensor partial_sums(const Tensor& a, const Tensor& full) {
+OptionalTensor partial_sums(const Tensor& a, const Tensor& full, int64_t rows) {
   const int64_t channels = full.size(2);
   if (a.size(0) == full.size(0) && a.size(1) == full.size(1) && a.size(2) == channels) return {};
   // At least one sum, so that a gradient shared by no channels at all is written too.
   const int64_t lanes =
       a.size(2) == channels ? channels : std::max<int64_t>(1, (channels + 15) / 16);
-  return zeros(a, {a.size(0), a.size(1), lanes}, state_dtype(dtype_of(full)));
+  return zeros(a, {rows < 0 ? a.size(0) : std::max<int64_t>(1, rows), a.size(1), lanes},
+               state_dtype(dtype_of(full)));
 }
 
 }  // namespace recurra

@@ -109,7 +109,8 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dty
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);
 // Zeros for the sums of csrc/partial_sums.h, where `a` (B, T, D) is broadcast to the shape of
 // `full`; none where it is not.
-OptionalTensor partial_sums(const Tensor& a, const Tensor& full);
+// Those of the first dimension stand apart for `rows`, a multiple of a's, where it is given.
+OptionalTensor partial_sums(const Tensor& a, const Tensor& full, int64_t rows = -1);
 inline DType state_dtype(DType d) { return d == DType::bf16 || d == DType::f16 ? DType::f32 : d; }
 
 }  // namespace recurra

@@ -47,8 +47,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward_cpu(Tensor a, Tensor h, 
   Tensor da = empty_like(a), db = empty_like(h);
   Tensor dh0 =
       h0 ? empty_like(*h0) : empty(h, {args.sequences.count, h.size(2)}, state_dtype(dtype_of(h)));
-  const OptionalTensor partial = partial_sums(a, h);
   args.a = view<3>(a);
+  const int64_t apart = args.constant() ? args.sequences.count : a.size(0);
+  const OptionalTensor partial = partial_sums(a, h, apart);
   args.h = view<3>(h);
   args.h0 = view<2>(h0);
   args.dh = view<3>(dh);

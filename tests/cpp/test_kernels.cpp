@@ -125,7 +125,8 @@ void linear_scan_backward_case(Case& c, const Shape& s) {
   const bool reduced = !std::equal(size, size + 3, gate);
   if (reduced) {
     const int64_t blocks = gate[2] == size[2] ? size[2] : (size[2] + 15) / 16;
-    args.partial = c.output<3>("partial", state, {gate[0], gate[1], blocks}, true);
+    const int64_t rows = args.constant() ? std::max<int64_t>(1, args.sequences.count) : gate[0];
+    args.partial = c.output<3>("partial", state, {rows, gate[1], blocks}, true);
   }
   if (is_complex(dtype)) {
     c.run = [args] { complex_scan_backward(args); };
