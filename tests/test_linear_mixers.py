@@ -15,8 +15,10 @@ from recurra.nn import (
     LRNN,
     LRU,
     LSSL,
+    QRNN,
     S4D,
     S5,
+    SCRN,
     Aaren,
     AarenConfig,
     HGRNConfig,
@@ -318,6 +320,38 @@ def test_exponentials_close_to_1_keep_their_bits():
     series = z * (1 + z / 2 * (1 + z / 3))
     torch.testing.assert_close(less[:2], series[:2], rtol=1e-14, atol=0)
     close(less[2], z[2].exp() - 1)
+
+
+def test_gradients_of_negative_complex_gates():
+    hgrn = HGRN(4, HGRNConfig(complex=True, eig_range=(-1, 1))).double()
+    x = torch.randn(1, 5, 4, dtype=torch.float64, requires_grad=True)
+    given, _ = hgrn._before(x, lambda layer, x: layer(x))
+    turn = torch.exp(-1j * hgrn.theta) * given[0]
+    assert (turn.real < 0).any() and (turn.real > 0).any()
+    assert torch.autograd.gradcheck(lambda x: hgrn(x)[0], x)
+
+
+def test_qrnn_is_the_formula():
+    qrnn = QRNN(4, QRNNConfig(window=2)).double()
+    x = torch.randn(1, 6, 4, dtype=torch.float64)
+    c, rows, before = x.new_zeros(1, 4), [], x.new_zeros(1, 4)
+    for now in x.unbind(1):
+        z, f, o = qrnn.in_proj(torch.cat([before, now], -1)).chunk(3, -1)
+        c, before = f.sigmoid() * c + (1 - f.sigmoid()) * z.tanh(), now
+        rows.append(o.sigmoid() * c)
+    close(qrnn(x)[0], qrnn.out_proj(torch.stack(rows, 1)))
+
+
+def test_scrn_is_the_formula():
+    scrn = SCRN(4, SCRNConfig(alpha=0.7)).double()
+    x = torch.randn(1, 6, 4, dtype=torch.float64)
+    s, h, rows = x.new_zeros(1, 2), x.new_zeros(1, 4), []
+    for now in x.unbind(1):
+        b, a = scrn.in_proj(now).split((2, 4), -1)
+        s = 0.7 * s + 0.3 * b
+        h = torch.tanh(scrn.context_proj(s) + a + scrn.recurrent * h)
+        rows.append(torch.cat([s, h], -1))
+    close(scrn(x)[0], scrn.out_proj(torch.stack(rows, 1)))
 
 
 def test_aaren_is_attention_with_one_query():
