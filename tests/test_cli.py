@@ -14,7 +14,7 @@ from recurra.cli import main
 from recurra.lm import LMConfig
 from recurra.nn import MambaConfig
 
-COMMANDS = ("info", "bench", "train", "generate", "eval", "diag")
+COMMANDS = ("info", "bench", "train", "compare", "generate", "eval", "diag")
 
 
 @pytest.fixture(scope="module")

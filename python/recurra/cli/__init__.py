@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from recurra.cli import bench, diag, evaluate, generate, info, train
+from recurra.cli import bench, compare, diag, evaluate, generate, info, train
 
-_COMMANDS = (info, bench, train, generate, evaluate, diag)
+_COMMANDS = (info, bench, train, compare, generate, evaluate, diag)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,164 @@
+"""recurra compare: its table, its picture, equal sizes, what it refuses, and how it is stopped."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from recurra.cli import main
+from recurra.lm import CONFIGS
+from recurra.train import compare
+from recurra.train.trainer import NonFiniteLoss, Trainer
+
+COLUMNS = [
+    "model",
+    "bits/byte",
+    "train tokens/s",
+    "decode tokens/s",
+    "state bytes",
+    "parameters",
+    "width",
+    "steps",
+]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {n} of a text to learn\n" for n in range(3000)))
+    return path
+
+
+@pytest.fixture
+def command(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "_DECODE_SECONDS", 0.1)
+    options = "--mixers mamba,mingru --minutes 0.01 --parameters 3e4 --batch 2 --length 32"
+    files = ["--data", str(text), "--picture", str(tmp_path / "compare.png")]
+    return ["compare", *options.split(), *files, "--json", str(tmp_path / "compare.json")]
+
+
+def rows(out: str) -> dict[str, list[str]]:
+    """The cells of the table by the name of the model, below those of the head."""
+    lines = [re.split(r" {2,}", line.strip()) for line in out.splitlines()]
+    return {cells[0]: cells[1:] for cells in lines if len(cells) == len(COLUMNS)}
+
+
+def test_the_table_the_picture_and_the_file(command, tmp_path, capsys):
+    assert main(command) == 0
+    found = rows(capsys.readouterr().out)
+    assert found.pop("model") == COLUMNS[1:] and set(found) == {"mamba", "mingru"}
+    bits = [float(row[0]) for row in found.values()]
+    assert bits == sorted(bits) and all(0 < b < 8 for b in bits)
+    sizes = [int(row[4].replace(",", "")) for row in found.values()]
+    assert max(sizes) < 1.15 * min(sizes)
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
+    for result in json.loads((tmp_path / "compare.json").read_text())["results"]:
+        row = found[result["name"]]
+        assert row[0] == f"{result['bits_per_byte']:.3f}" and row[6] == str(result["steps"])
+        seconds, curve = zip(*result["curve"], strict=True)
+        assert list(seconds) == sorted(seconds) and seconds[-1] >= 0.6
+        assert curve[-1] == result["bits_per_byte"]
+        rate = result["steps"] * 2 * 32 / seconds[-1]
+        assert result["train_tokens_per_second"] == pytest.approx(rate)
+
+
+def test_the_learning_rate_falls_as_the_time_runs_out(text, monkeypatch):
+    from recurra.lm.tokenizer import ByteTokenizer
+    from recurra.train import TrainOptions
+    from recurra.train.data import Corpus, open_text
+
+    rates, take_step = [], Trainer.train_step
+
+    def step(self):
+        done = take_step(self)
+        rates.append(done.lr)
+        return done
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    monkeypatch.setattr(compare, "_DECODE_SECONDS", 0.1)
+    corpus = Corpus(open_text([str(text)]), ByteTokenizer())
+    options = TrainOptions(batch=1, length=16, eval_batches=1)
+    result = compare.train("hgrn", compare.sized("hgrn", 100_000), options, corpus, 0.6)
+    # One step more, which nobody counts.
+    assert len(rates) == result.steps + 1
+    assert max(rates) > 0.5 * options.lr and rates[-1] < 0.5 * options.lr
+    state = compare.LM(compare.sized("hgrn", 100_000)).initial_state(1)
+    assert result.state_bytes == sum(4 * x.numel() for part in state for x in part)
+
+
+@pytest.mark.parametrize("parameters", [200_000, 1_817_856])
+def test_all_have_about_the_same_size(parameters):
+    for name in compare.default_names():
+        config = compare.sized(name, parameters)
+        assert config.parameter_count() == pytest.approx(parameters, rel=0.15), name
+        assert config.vocab_size == 256
+
+
+def test_every_kind_of_mixer_is_compared_once():
+    names = compare.default_names()
+    assert names[0] == "mamba" and "small" not in names and "rwkv4-169m" not in names
+    configs = [CONFIGS[compare.ALIASES.get(name, name)] for name in names]
+    kinds = [frozenset(m.kind for m in config.mixers()) for config in configs]
+    assert len(set(kinds)) == len(kinds)
+    assert set(kinds) == {frozenset(m.kind for m in c.mixers()) for c in CONFIGS.values()}
+
+
+def test_ctrl_c_leaves_with_what_is_done(command, monkeypatch, capsys):
+    train = compare.train
+
+    def interrupted(name, *rest):
+        if name == "mingru":
+            raise KeyboardInterrupt
+        return train(name, *rest)
+
+    monkeypatch.setattr(compare, "train", interrupted)
+    assert main(command) == 130
+    captured = capsys.readouterr()
+    assert set(rows(captured.out)) == {"model", "mamba"}
+    assert captured.err.endswith("recurra compare: interrupted, 1 of 2 models are done\n")
+
+
+def test_one_that_diverges_is_last(command, tmp_path, monkeypatch, capsys):
+    step = Trainer.train_step
+
+    def diverge(self):
+        if self.model.config.mixer.kind == "mamba" and self.step == 2:
+            raise NonFiniteLoss("the loss of step 3 is nan")
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", diverge)
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    found = rows(captured.out)
+    assert list(found) == ["model", "mingru", "mamba"] and found["mamba"][0] == "diverged"
+    assert "mamba: the loss of step 3 is nan" in captured.err
+    results = json.loads((tmp_path / "compare.json").read_text())["results"]
+    assert results[0]["bits_per_byte"] is None and results[1]["bits_per_byte"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--mixers mamba,gru", "unknown mixer gru; known are mamba, tiny, small, "),
+        ("--mixers ,", "--mixers must name at least one"),
+        ("--minutes 0", "--minutes must be positive, got 0.0"),
+        ("--minutes nan", "--minutes must be positive, got nan"),
+        ("--parameters 0", "--parameters must be at least 1, got 0"),
+        ("--parameters 500", "mamba cannot have about 500 parameters; the closest is "),
+        ("--parameters 1e15", " GiB of memory"),
+        ("--length 0", "--length must be at least 1, got 0"),
+        ("--length 100000", "sequences of 100000 need at least 100001"),
+        ("--batch 0", "--batch must be at least 1, got 0"),
+        ("--lr -1", "lr must be from 0.0 to 1000.0, got -1.0"),
+        ("--threads 0", "--threads must be at least 1, got 0"),
+        ("--picture nowhere/compare.png", "nowhere: no such folder"),
+        ("--data nothing.txt", "nothing.txt: no such file"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(command, options, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(Trainer, "train_step", lambda self: pytest.fail("trained"))
+    assert main([*command, *options.split()]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("recurra compare: ") and sentence in err and err.count("\n") == 1
