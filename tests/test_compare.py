@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from recurra.cli import main
-from recurra.lm import CONFIGS
-from recurra.train import compare
+from recurra.lm import CONFIGS, LM
+from recurra.lm.tokenizer import ByteTokenizer
+from recurra.train import TrainOptions, compare
+from recurra.train.data import Corpus, open_text
 from recurra.train.trainer import NonFiniteLoss, Trainer
 
 COLUMNS = [
@@ -64,28 +67,42 @@ def test_the_table_the_picture_and_the_file(command, tmp_path, capsys):
         assert result["train_tokens_per_second"] == pytest.approx(rate)
 
 
-def test_the_learning_rate_falls_as_the_time_runs_out(text, monkeypatch):
-    from recurra.lm.tokenizer import ByteTokenizer
-    from recurra.train import TrainOptions
-    from recurra.train.data import Corpus, open_text
-
-    rates, take_step = [], Trainer.train_step
+def test_time_counts_in_steps_alone_and_the_learning_rate_falls_with_it(text, monkeypatch):
+    now, rates, take_step = [0.0], [], Trainer.train_step
 
     def step(self):
+        now[0] += 0.125
         done = take_step(self)
         rates.append(done.lr)
         return done
 
+    def validate(self):
+        now[0] += 100.0
+        return 8.0 - self.step / 10
+
     monkeypatch.setattr(Trainer, "train_step", step)
-    monkeypatch.setattr(compare, "_DECODE_SECONDS", 0.1)
+    monkeypatch.setattr(Trainer, "validate", validate)
+    monkeypatch.setattr(compare, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(compare, "_decode", lambda model, corpus: (1.0, 1))
     corpus = Corpus(open_text([str(text)]), ByteTokenizer())
-    options = TrainOptions(batch=1, length=16, eval_batches=1)
-    result = compare.train("hgrn", compare.sized("hgrn", 100_000), options, corpus, 0.6)
-    # One step more, which nobody counts.
-    assert len(rates) == result.steps + 1
-    assert max(rates) > 0.5 * options.lr and rates[-1] < 0.5 * options.lr
-    state = compare.LM(compare.sized("hgrn", 100_000)).initial_state(1)
-    assert result.state_bytes == sum(4 * x.numel() for part in state for x in part)
+    options = TrainOptions(batch=2, length=16)
+    config = compare.sized("hgrn", 100_000)
+    result = compare.train("hgrn", config, options, corpus, 5.0)
+    assert result.steps == 40 and result.train_tokens_per_second == 2 * 16 / 0.125
+    assert result.curve == [(n * 0.625, 8.0 - n / 2) for n in range(1, 9)]
+    # The first is thrown away, the next does not know yet how many there will be.
+    assert len(rates) == 41 and rates[0] == rates[1] == options.lr / options.warmup
+    assert max(rates) == pytest.approx(options.lr, rel=0.01)
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[-1] == pytest.approx(options.min_lr * options.lr, rel=0.05)
+
+
+def test_the_state_is_that_of_one_sequence(text, monkeypatch):
+    monkeypatch.setattr(compare, "_DECODE_SECONDS", 0.0)
+    model = LM(compare.sized("hgrn", 100_000))
+    corpus = Corpus(open_text([str(text)]), ByteTokenizer())
+    speed, size = compare._decode(model, corpus)
+    assert speed > 0 and size == sum(4 * x.numel() for part in model.initial_state(1) for x in part)
 
 
 @pytest.mark.parametrize("parameters", [200_000, 1_817_856])
