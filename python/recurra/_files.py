@@ -27,7 +27,11 @@ _DTYPES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.uint8: "U8",
+    torch.int64: "I64",
 }
+
+
+FLOATS = ("F32", "F64", "BF16", "F16")  # what safetensors calls the dtypes of parameters
 
 
 class CheckpointError(ValueError):
@@ -126,7 +130,7 @@ def compare(
     where: Path,
     wanted: dict[str, tuple[int, ...]],
     found: dict[str, tuple[str, tuple[int, ...]]],
-    dtypes: tuple[str, ...] = ("F32", "F64", "BF16", "F16"),
+    dtypes: tuple[str, ...] = FLOATS,
 ) -> None:
     """Checks names, shapes and dtypes of tensors before any data is read.
 

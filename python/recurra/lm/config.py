@@ -15,6 +15,7 @@ from recurra.nn import (
     FFNS,
     MIXERS,
     AarenConfig,
+    AttentionConfig,
     GLUConfig,
     HGRNConfig,
     LRNNConfig,
@@ -23,6 +24,7 @@ from recurra.nn import (
     MambaConfig,
     MixerConfig,
     QRNNConfig,
+    RGLRUConfig,
     RNNConfig,
     RWKV4ChannelConfig,
     RWKV4Config,
@@ -205,6 +207,23 @@ def _rnn(cell: str) -> LMConfig:
     return LMConfig(mixer=RNNConfig(cell))
 
 
+def _griffin(pattern: str, d_model: int = 256, n_layers: int = 6) -> LMConfig:
+    # Shaped as RecurrentGemma, which scales its embedding by the root of its width.
+    mixers = RGLRUConfig(), AttentionConfig(window=256)
+    return LMConfig(
+        d_model=d_model,
+        n_layers=n_layers,
+        mixer=tuple(m for m in mixers if m.letter in pattern),
+        pattern=pattern,
+        ffn=GLUConfig(activation="gelu_tanh", bias=True),
+        norm="gemma",
+        norm_eps=1e-6,
+        embed_scale=d_model**0.5,
+        logits_soft_cap=30.0,
+        residual_in_fp32=False,
+    )
+
+
 def _rwkv4(**sizes: int) -> LMConfig:
     return LMConfig(
         mixer=RWKV4Config(),
@@ -231,6 +250,8 @@ CONFIGS: dict[str, LMConfig] = {
     "sru": _rnn("sru"),
     "lem": _rnn("lem"),
     "slstm": _rnn("slstm"),
+    "griffin": _griffin("RRA"),
+    "hawk": _griffin("R", n_layers=4),
     "rwkv4": _rwkv4(),
     "rwkv4-169m": _rwkv4(vocab_size=50277, d_model=768, n_layers=12),
     "lrnn": LMConfig(mixer=LRNNConfig()),

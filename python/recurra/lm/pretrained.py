@@ -155,7 +155,7 @@ def state_to_save(model: LM) -> dict[str, Tensor]:
     tied = model.config.tie_embeddings
     form = format_of(model.config)
     return {
-        form.stored_name(name): p.detach()
+        form.stored_name(name, model.config): p.detach()
         for name, p in model.state_dict().items()
         if not (tied and name == "lm_head.weight")
     }

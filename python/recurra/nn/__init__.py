@@ -7,6 +7,7 @@ steps give the same results.
 
 from recurra.nn._config import MixerConfig
 from recurra.nn.aaren import Aaren, AarenConfig
+from recurra.nn.attention import Attention, AttentionConfig, AttentionState
 from recurra.nn.ffn import GLU, GLUConfig
 from recurra.nn.hgrn import HGRN, HGRNConfig
 from recurra.nn.log_space import log_space_scan
@@ -15,6 +16,7 @@ from recurra.nn.lru import LRU, LRUConfig
 from recurra.nn.mamba import Mamba, MambaConfig, MambaState
 from recurra.nn.norm import RMSNorm
 from recurra.nn.qrnn import QRNN, QRNNConfig, QRNNState
+from recurra.nn.rg_lru import RGLRU, RGLRUConfig, RGLRUState
 from recurra.nn.rnn import RNN, RNNConfig, RNNState
 from recurra.nn.rwkv4 import (
     RWKV4,
@@ -36,6 +38,7 @@ __all__ = [
     "LSSL",
     "MIXERS",
     "QRNN",
+    "RGLRU",
     "RNN",
     "RWKV4",
     "S4D",
@@ -43,6 +46,9 @@ __all__ = [
     "SCRN",
     "Aaren",
     "AarenConfig",
+    "Attention",
+    "AttentionConfig",
+    "AttentionState",
     "GLUConfig",
     "HGRNConfig",
     "LRNNConfig",
@@ -54,6 +60,8 @@ __all__ = [
     "MixerConfig",
     "QRNNConfig",
     "QRNNState",
+    "RGLRUConfig",
+    "RGLRUState",
     "RMSNorm",
     "RNNConfig",
     "RNNState",
@@ -83,6 +91,8 @@ MIXERS: tuple[type[MixerConfig], ...] = (
     S5Config,
     LSSLConfig,
     AarenConfig,
+    RGLRUConfig,
+    AttentionConfig,
 )
 # Those of the feed-forward layers.
 FFNS: tuple[type[MixerConfig], ...] = (GLUConfig, RWKV4ChannelConfig)

@@ -46,6 +46,10 @@ class GLUConfig(MixerConfig):
                 f"GLUConfig: activation must be one of {known}, got {self.activation:.100}"
             )
 
+    def channels(self, d_model: int) -> int:
+        """Channels inside at this width of the model."""
+        return round(self.expand * d_model)
+
     def make(self, d_model: int) -> GLU:
         """The layer."""
         return GLU(d_model, self)
@@ -66,7 +70,7 @@ class GLU(nn.Module):
     def __init__(self, d_model: int, config: GLUConfig | None = None):
         super().__init__()
         config = config or GLUConfig()
-        inside = int(config.expand * d_model)
+        inside = config.channels(d_model)
         if inside < 1:
             raise ValueError(f"GLU: expand * d_model must be at least 1, got {inside}")
         self.act = _ACTIVATIONS[config.activation]

@@ -3,7 +3,7 @@ architecture of transformers, and the library's own words for every other model.
 
 A format has ``from_dict(values)``, the configuration that a config.json describes;
 ``to_dict(config)``, what a config.json says of a configuration, None where it is of another
-architecture; ``our_name(name)`` and ``stored_name(name)``, of parameters.
+architecture; ``our_name(name)`` and ``stored_name(name, config)``, of parameters.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import torch
 
 from recurra._files import shown
 from recurra.lm.config import LMConfig
-from recurra.lm.formats import mamba, recurra, rwkv
+from recurra.lm.formats import mamba, recurra, recurrent_gemma, rwkv
 
 # By their model_type; the first that can say all of a configuration writes it.
 FORMATS: dict[str, ModuleType] = {
     "mamba": mamba,
     "rwkv": rwkv,
+    "recurrent_gemma": recurrent_gemma,
     "recurra": recurra,
 }
 

@@ -61,6 +61,6 @@ def our_name(name: str) -> str:
     return re.sub(r"^embedding\.", "embeddings.", name)
 
 
-def stored_name(name: str) -> str:
+def stored_name(name: str, config: LMConfig) -> str:
     """What the file calls one of our parameters."""
     return name if name.startswith("lm_head.") else f"backbone.{name}"

@@ -70,6 +70,6 @@ def our_name(name: str) -> str:
     return name
 
 
-def stored_name(name: str) -> str:
+def stored_name(name: str, config: LMConfig) -> str:
     """What the file calls one of our parameters."""
     return name

@@ -82,7 +82,7 @@ def our_name(name: str) -> str:
     return name
 
 
-def stored_name(name: str) -> str:
+def stored_name(name: str, config: LMConfig) -> str:
     """What the file calls one of our parameters."""
     for theirs, ours in _NAMES:
         name = name.replace(ours, theirs)

@@ -1,0 +1,239 @@
+"""Local attention: softmax over the last inputs alone, which are all that it remembers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recurra._check import check_offsets, state_dtype
+from recurra.nn._config import MixerConfig, check_fields
+from recurra.nn._positions import positions
+from recurra.ops.linear_step import linear_step
+
+# Queries that are compared with their keys at once: memory is theirs, not the square of T.
+_BLOCK = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig(MixerConfig):
+    """Sizes of an :class:`Attention` mixer.
+
+    Attributes:
+        heads: of the queries.
+        kv_heads: of keys and values, which must divide ``heads``; 1 is multi-query attention.
+        head_dim: width of a head; ``d_model // heads`` when None.
+        window: how many inputs, its own among them, an output sees.
+        rope_theta: base of the rotary embedding.
+        rotary: part of each head that is rotated.
+        bias: whether queries, keys and values have one.
+        out_bias: whether the output has one.
+
+    Raises:
+        ValueError: a size is out of range.
+    """
+
+    kind: ClassVar[str] = "attention"
+    letter: ClassVar[str] = "A"
+
+    heads: int = 4
+    kv_heads: int = 1
+    head_dim: int | None = None
+    window: int = 1024
+    rope_theta: float = 10000.0
+    rotary: float = 0.5
+    bias: bool = False
+    out_bias: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            heads=(1, 1 << 16),
+            kv_heads=(1, 1 << 16),
+            head_dim=(1, 1 << 16),
+            window=(1, 1 << 24),
+            rope_theta=(1.0, 1e12),
+            rotary=(0.0, 1.0),
+        )
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"AttentionConfig: kv_heads must divide heads = {self.heads}, got {self.kv_heads}"
+            )
+
+    def make(self, d_model: int) -> Attention:
+        """The mixer."""
+        return Attention(d_model, self)
+
+
+class AttentionState(NamedTuple):
+    """What an :class:`Attention` remembers.
+
+    Attributes:
+        k: the last rotated keys, (B, window, kv_heads, head_dim); that of input n of the sequence
+            is at n % window.
+        v: the last values, likewise.
+        seen: how many inputs came so far, (B,), int64.
+
+    Keys and values are of the dtype of the model: nothing is summed up in them.
+    """
+
+    k: Tensor
+    v: Tensor
+    seen: Tensor
+
+
+class Attention(nn.Module):
+    """Local attention with rotary positions, in which heads of queries share keys and values:
+    De et al., "Griffin" (2024), section 2.3; Su et al., "RoFormer" (2021), equation 34; Shazeer,
+    "Fast transformer decoding" (2019).
+
+    Parameters have the names of transformers' RecurrentGemmaAttention, whose ``o_proj`` is
+    ``out_proj``.
+
+    Args:
+        d_model: width of the inputs and outputs.
+        config: the sizes inside.
+    """
+
+    def __init__(self, d_model: int, config: AttentionConfig | None = None):
+        super().__init__()
+        self.config = config = config or AttentionConfig()
+        H, G = config.heads, config.kv_heads
+        self.E = E = d_model // H if config.head_dim is None else config.head_dim
+        self.rotated = int(config.rotary * E)
+        if E < 1:
+            raise ValueError(f"Attention: heads must be at most d_model = {d_model}, got {H}")
+        if self.rotated % 2:
+            raise ValueError(f"Attention: rotary * head_dim must be even, got {self.rotated}")
+        self.q_proj = nn.Linear(d_model, H * E, bias=config.bias)
+        self.k_proj = nn.Linear(d_model, G * E, bias=config.bias)
+        self.v_proj = nn.Linear(d_model, G * E, bias=config.bias)
+        self.out_proj = nn.Linear(H * E, d_model, bias=config.out_bias)
+
+    def reset_parameters(self) -> None:
+        """As in torch.nn."""
+        for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            layer.reset_parameters()
+
+    def initial_state(self, batch: int) -> AttentionState:
+        """Zeros: the state before the first input of ``batch`` sequences."""
+        like, shape = self.q_proj.weight.new_zeros, (self.config.window, self.config.kv_heads)
+        k, v = like(batch, *shape, self.E), like(batch, *shape, self.E)
+        return AttentionState(k, v, like(batch, dtype=torch.int64))
+
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The heads of projections (..., heads * head_dim) of inputs at ``at`` (...): queries and
+        keys rotated, all (..., heads, head_dim)."""
+        q, k, v = (x.unflatten(-1, (-1, self.E)) for x in (q, k, v))
+        half = self.rotated // 2
+        # In float64, where no position is too far for its angle.
+        powers = torch.arange(half, dtype=torch.float64, device=q.device) / max(half, 1)
+        angle = at[..., None, None] * self.config.rope_theta**-powers
+        cos, sin = (x.to(state_dtype(q.dtype)) for x in (angle.cos(), angle.sin()))
+
+        def rotate(x: Tensor) -> Tensor:
+            a, b, rest = x.split((half, half, self.E - 2 * half), -1)
+            return torch.cat([a * cos - b * sin, b * cos + a * sin, rest.to(cos.dtype)], -1).to(
+                x.dtype
+            )
+
+        return rotate(q), rotate(k), v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Softmax attention of q (B, Q, heads, E) over k and v (B, K, kv_heads, E) where ``mask``,
+        (1 or B, Q, K), is true: (B, Q, heads * E)."""
+        B, Q, H, _ = q.shape
+        G = k.shape[2]
+        # Heads that share keys are rows of one product with them.
+        rows = q.view(B, Q, G, H // G, self.E).permute(0, 2, 3, 1, 4).reshape(B, G, -1, self.E)
+        mask = mask[:, None, None].expand(-1, 1, H // G, -1, -1).flatten(2, 3)
+        y = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), mask)
+        return y.view(B, G, H // G, Q, self.E).permute(0, 3, 1, 2, 4).reshape(B, Q, -1)
+
+    def _local(self, q: Tensor, k: Tensor, v: Tensor, past: AttentionState) -> Tensor:
+        """Attention of T inputs that follow on those of ``past``: (B, T, heads * E)."""
+        W, T, seen = self.config.window, q.shape[1], past.seen
+        # No more keys of the past than the rows have. Counting waits for a device.
+        count = W - 1
+        if seen.is_cpu and not torch.compiler.is_compiling():
+            count = min(count, int(seen.max()) if len(seen) else 0)
+        slots = (seen[:, None] + torch.arange(-count, 0, device=seen.device)) % W
+        rows = torch.arange(len(seen), device=seen.device)[:, None]
+        k = torch.cat([past.k[rows, slots].to(k.dtype), k], 1)
+        v = torch.cat([past.v[rows, slots].to(v.dtype), v], 1)
+        out = []
+        for begin in range(0, T, _BLOCK):
+            # Query t is key count + t and sees the W keys up to that one.
+            end, low = min(begin + _BLOCK, T), max(0, begin + count - W + 1)
+            key = torch.arange(low, count + end, device=q.device)
+            ago = torch.arange(count + begin, count + end, device=q.device)[:, None] - key
+            mask = ((ago >= 0) & (ago < W))[None]
+            if low < count:
+                mask = mask & (key >= count - seen[:, None])[:, None]
+            part = slice(low, count + end)
+            out.append(self._attend(q[:, begin:end], k[:, part], v[:, part], mask))
+        return torch.cat(out, 1) if out else q.flatten(2)
+
+    def _remember(self, k: Tensor, v: Tensor, past: AttentionState) -> AttentionState:
+        """The state after T more inputs with these keys and values."""
+        W, T = self.config.window, k.shape[1]
+        last = torch.arange(max(0, T - W), T, device=k.device)
+        slots = ((past.seen[:, None] + last) % W)[..., None, None].expand(-1, -1, *k.shape[2:])
+        k, v = (
+            ring.scatter(1, slots, x[:, T - len(last) :].to(ring.dtype))
+            for ring, x in ((past.k, k), (past.v, v))
+        )
+        return AttentionState(k, v, past.seen + T)
+
+    def forward(
+        self, x: Tensor, state: AttentionState | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        """Mixes whole sequences, or the next chunk of them.
+
+        Args:
+            x: (B, T, d_model).
+            state: what the last call returned; that of nothing seen when None. With
+                ``cu_seqlens`` one row for each sequence.
+            cu_seqlens: (S + 1,), the ends of S sequences packed along T; B must be 1.
+
+        Returns:
+            y, shape of ``x``, and the state after the last input. Gradients flow through both.
+        """
+        count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        state = state or self.initial_state(count)
+        at, _ = positions(state.seen, x.shape[1], cu_seqlens)
+        q, k, v = self._heads(self.q_proj(x), self.k_proj(x), self.v_proj(x), at)
+        if cu_seqlens is None:
+            y, state = self._local(q, k, v, state), self._remember(k, v, state)
+            return self.out_proj(y), state
+        ends = check_offsets("Attention", cu_seqlens, x.shape[1])
+        parts, after = [], []
+        for n, (begin, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+            past = AttentionState(*(s[n : n + 1] for s in state))
+            here = [z[:, begin:end] for z in (q, k, v)]
+            parts.append(self._local(*here, past))
+            after.append(self._remember(*here[1:], past))
+        y = torch.cat(parts, 1) if parts else q.flatten(2)
+        state = (
+            AttentionState(*(torch.cat(s) for s in zip(*after, strict=True))) if after else state
+        )
+        return self.out_proj(y), state
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: AttentionState) -> Tensor:
+        """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
+        layers = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = self._heads(*(linear_step(x, m.weight, m.bias) for m in layers), state.seen)
+        W, rows = self.config.window, torch.arange(len(x), device=x.device)
+        state.k[rows, state.seen % W] = k
+        state.v[rows, state.seen % W] = v
+        count = W
+        if x.is_cpu and not torch.compiler.is_compiling():
+            count = min(W, int(state.seen.max()) + 1) if len(x) else 0
+        mask = torch.arange(count, device=x.device) <= state.seen[:, None]
+        y = self._attend(q[:, None], state.k[:, :count], state.v[:, :count], mask[:, None])
+        state.seen.add_(1)
+        return linear_step(y[:, 0], self.out_proj.weight, self.out_proj.bias)
