@@ -202,14 +202,14 @@ class Attention(nn.Module):
         Returns:
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
         """
-        count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        ends = None if cu_seqlens is None else check_offsets("Attention", cu_seqlens, x.shape[1])
+        count = x.shape[0] if ends is None else len(ends) - 1
         state = state or self.initial_state(count)
         at, _ = positions(state.seen, x.shape[1], cu_seqlens)
         q, k, v = self._heads(self.q_proj(x), self.k_proj(x), self.v_proj(x), at)
-        if cu_seqlens is None:
+        if ends is None:
             y, state = self._local(q, k, v, state), self._remember(k, v, state)
             return self.out_proj(y), state
-        ends = check_offsets("Attention", cu_seqlens, x.shape[1])
         parts, after = [], []
         for n, (begin, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
             past = AttentionState(*(s[n : n + 1] for s in state))
