@@ -9,10 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import crash
 import recurra
 from recurra.lm import CONFIGS, LMConfig
 from recurra.nn import RGLRU, Attention, AttentionConfig, GLUConfig, RGLRUConfig, attention
 from recurra.nn.rg_lru import _InputFactor
+from recurra.train import checkpoint, state
+from support import threads
 from transformers_models import build, modelling_file
 
 WINDOW = 5
@@ -88,8 +91,8 @@ def test_packed_sequences_do_not_meet(mixer):
     ends = torch.tensor([0, 9, 9, 27, 40])
     packed, last = lm(tokens, before, cu_seqlens=ends)
     torch.testing.assert_close(packed, torch.cat([y for y, _ in apart], 1), **CLOSE)
-    for n, (_, state) in enumerate(apart):
-        for got, want in zip(states(last), states(state), strict=True):
+    for n, (_, after) in enumerate(apart):
+        for got, want in zip(states(last), states(after), strict=True):
             torch.testing.assert_close(got[n : n + 1], want, **CLOSE)
     # On from there, all rows at once.
     more = torch.randint(0, 31, (4, 6))
@@ -199,6 +202,52 @@ def test_prompts_of_any_lengths_are_read_together():
     logits, _ = prefill(lm, [torch.tensor(p) for p in prompts], budget=12)
     for got, prompt in zip(logits, prompts, strict=True):
         torch.testing.assert_close(got, lm(torch.tensor([prompt]))[0][0, -1], **CLOSE)
+
+
+def test_memory_is_that_of_a_block(monkeypatch):
+    sizes = []
+    attend = Attention._attend
+
+    def watched(self, q, k, v, mask):
+        sizes.append((k.shape[1], mask.numel()))
+        return attend(self, q, k, v, mask)
+
+    monkeypatch.setattr(Attention, "_attend", watched)
+    mixer = Attention(16, AttentionConfig(window=20))
+    with torch.no_grad():
+        _, after = mixer(torch.randn(1, 300, 16))
+        mixer(torch.randn(1, 30, 16), after)
+        mixer.step(torch.randn(1, 16), after)
+    assert len(sizes) == 38 + 4 + 1
+    assert all(keys <= 27 and numbers <= 8 * 27 for keys, numbers in sizes)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_run_with_carried_states_is_resumed_with_the_same_bits(precision, tmp_path):
+    sizes = {"d_model": 16, "n_layers": 3, "embed_scale": 4.0}
+    mixer = (RGLRUConfig(), AttentionConfig(window=20))
+    config = dataclasses.replace(CONFIGS["griffin"], mixer=mixer, **sizes)
+
+    def trainer():
+        return crash.trainer(config, carry=True, precision=precision)
+
+    def steps(run, until):
+        losses = []
+        while run.step < until:
+            losses.append(run.train_step().loss)
+        return losses
+
+    with threads(1):
+        first, second = trainer(), trainer()
+        steps(first, 2)
+        state.save(first, tmp_path, "text")
+        state.resume(second, tmp_path / state.FOLDER / checkpoint.name(2), "text")
+        assert steps(first, 4) == steps(second, 4)
+    for one, other in zip(first.carried, second.carried, strict=True):
+        for a, b in zip(states(one), states(other), strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+    assert first.carried[0][2].seen.dtype == torch.int64
+    assert first.carried[0][2].seen.unique().tolist() == [4 * first.options.length]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
