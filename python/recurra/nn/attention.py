@@ -15,7 +15,7 @@ from recurra.nn._positions import positions
 from recurra.ops.linear_step import linear_step
 
 # Queries that are compared with their keys at once: memory is theirs, not the square of T.
-_BLOCK = 256
+_BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
