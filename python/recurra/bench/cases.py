@@ -14,6 +14,7 @@ from recurra.bench.problems import (
     BACKWARD,
     DROP_IN,
     FORWARD,
+    GRIFFIN,
     IMPORT,
     LM,
     MEMORY,
@@ -445,9 +446,14 @@ def table() -> list[Case]:
         )
         for shape in rtrl.SHAPES
     ]
-    from recurra.bench import dropin, models  # which are made of the cases above
+    from recurra.bench import dropin, griffin, models  # which are made of the cases above
 
-    whole = {LM: models.BUILDERS, RWKV4: models.RWKV4_BUILDERS, DROP_IN: dropin.BUILDERS}
+    whole = {
+        LM: models.BUILDERS,
+        RWKV4: models.RWKV4_BUILDERS,
+        GRIFFIN: griffin.BUILDERS,
+        DROP_IN: dropin.BUILDERS,
+    }
     for op, builders in whole.items():
         cases += [Case(op, (), name, build) for name, build in builders.items()]
     return [*cases, Case(IMPORT, (), "", _import)]

@@ -56,7 +56,7 @@ def training_step(
     return run
 
 
-def _check(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+def check(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     error = (ours.float() - theirs.float()).abs().max().item()
     size = theirs.abs().max().item()
     limit = 1e-4 if ours.dtype == torch.float32 else 0.1 * size
@@ -65,7 +65,7 @@ def _check(ours: torch.Tensor, theirs: torch.Tensor) -> None:
         raise AssertionError(f"the logits are off by {error:.3g}, allowed are {limit:.3g}")
 
 
-def _transformers(model: recurra.LM, dtype: torch.dtype, **options):
+def transformers_model(model: recurra.LM, dtype: torch.dtype, **options):
     """transformers' model with the same weights, or why there is none."""
     if importlib.util.find_spec("transformers") is None:
         return "transformers is not installed"
@@ -97,14 +97,14 @@ def train(with_peers: bool) -> list[Measured]:
         runs[op] = built.runs["recurra"]
     absent = ""
     if with_peers:
-        peer = _transformers(model, torch.float32, use_mambapy=True)
+        peer = transformers_model(model, torch.float32, use_mambapy=True)
         if isinstance(peer, str):
             absent = peer
         elif importlib.util.find_spec("mambapy") is None:
             absent = "mambapy is not installed, without which transformers' loop is far slower"
         else:
             with torch.no_grad():
-                _check(model(tokens[:, :64])[0], peer(tokens[:, :64]).logits)
+                check(model(tokens[:, :64])[0], peer(tokens[:, :64]).logits)
             runs["transformers"] = training_step(peer.train(), lambda x: peer(x).logits, tokens)
     times, _ = interleave(runs, {}, _ROUNDS)
     seconds = {name: t.median for name, t in times.items()}
@@ -120,10 +120,10 @@ def train(with_peers: bool) -> list[Measured]:
             f"{1e3 * seconds['identity']:.0f} ms, ops {1e3 * ops:.0f} ms",
         )
     ]
-    return out + _peer(seconds, absent, with_peers, 10.0, "transformers with mambapy")
+    return out + peer_row(seconds, absent, with_peers, 10.0, "transformers with mambapy")
 
 
-def _peer(
+def peer_row(
     seconds: dict, absent: str, asked: bool, limit: float | None, name: str
 ) -> list[Measured]:
     if absent:
@@ -169,14 +169,14 @@ def read_prompt(
     }
     absent = ""
     if with_peers:
-        peer = _transformers(model, torch.float32)
+        peer = transformers_model(model, torch.float32)
         if isinstance(peer, str):
             absent = peer
         else:
             runs["transformers"] = lambda: peer(tokens, logits_to_keep=1, use_cache=True)
     with torch.inference_mode():
         if "transformers" in runs:
-            _check(runs["ours"]()[0], runs["transformers"]().logits)
+            check(runs["ours"]()[0], runs["transformers"]().logits)
         probes = {k: v for b in ops for k, v in b.floor.probes().items()}
         times, measured = interleave(runs, probes, _ROUNDS)
     seconds = {name: t.median for name, t in times.items()}
@@ -191,7 +191,7 @@ def read_prompt(
             f"{1e3 * floors:.0f} ms",
         )
     ]
-    return out + _peer(seconds, absent, with_peers, None, "transformers")
+    return out + peer_row(seconds, absent, with_peers, None, "transformers")
 
 
 def prefill(with_peers: bool) -> list[Measured]:
@@ -218,6 +218,13 @@ def rwkv4_prefill(with_peers: bool) -> list[Measured]:
     return read_prompt(model, length, ops * config.n_layers, with_peers)
 
 
+def read_bandwidth() -> Callable[[], float]:
+    """A probe of the bytes per second that can be read."""
+    native = module()
+    arrays = [torch.ones(32 << 20).numpy() for _ in range(3)]
+    return lambda: 4 * arrays[0].size / native.stream("read", *arrays)
+
+
 def decode(with_peers: bool) -> list[Measured]:
     """One token after another."""
     config = CONFIGS["mamba-130m"]
@@ -240,14 +247,12 @@ def decode(with_peers: bool) -> list[Measured]:
     absent = ""
     if with_peers:
         for name, lm in (("transformers", model), ("transformers bf16", half)):
-            peer = _transformers(lm, next(lm.parameters()).dtype)
+            peer = transformers_model(lm, next(lm.parameters()).dtype)
             if isinstance(peer, str):
                 absent = peer
                 break
             runs[name] = _decode_peer(peer, lm, token)
-    native = module()
-    arrays = [torch.ones(32 << 20).numpy() for _ in range(3)]
-    probes = {"read": lambda: 4 * arrays[0].size / native.stream("read", *arrays)}
+    probes = {"read": read_bandwidth()}
     with torch.inference_mode():
         times, measured = interleave(runs, probes, _ROUNDS)
     seconds = {name: t.median / _TOKENS for name, t in times.items()}
@@ -271,7 +276,7 @@ def decode(with_peers: bool) -> list[Measured]:
             at_least=True,
         ),
     ]
-    out += _peer(seconds, absent, with_peers, 1.15, "transformers")
+    out += peer_row(seconds, absent, with_peers, 1.15, "transformers")
     if "transformers bf16" in seconds:
         ratio = seconds["transformers bf16"] / seconds["bf16"]
         text = f"{1e3 * seconds['transformers bf16']:.0f} ms"
@@ -284,7 +289,7 @@ def decode(with_peers: bool) -> list[Measured]:
 def _decode_peer(peer, ours: recurra.LM, token: torch.Tensor) -> Callable[[], None]:
     with torch.inference_mode():
         first = peer(token[None], use_cache=True)
-        _check(ours.step(token, ours.initial_state(1)), first.logits[0])
+        check(ours.step(token, ours.initial_state(1)), first.logits[0])
     cache = first.cache_params
 
     def run() -> None:

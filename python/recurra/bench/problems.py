@@ -20,7 +20,7 @@ import recurra
 from recurra.bench.floors import Floor
 
 FORWARD, BACKWARD, STEP, MEMORY = "forward", "forward+backward", "step", "memory"
-IMPORT, LM, RWKV4, DROP_IN = "import", "lm", "rwkv4", "drop-in"
+IMPORT, LM, RWKV4, GRIFFIN, DROP_IN = "import", "lm", "rwkv4", "griffin", "drop-in"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Case:
     @property
     def missing(self) -> bool:
         """Whether this build of recurra lacks the op."""
-        if self.op in (IMPORT, LM, RWKV4, DROP_IN):
+        if self.op in (IMPORT, LM, RWKV4, GRIFFIN, DROP_IN):
             return False
         function = f"{self.op}_step" if self.kind == STEP else self.op
         return not hasattr(recurra, function) or not hasattr(recurra.reference, function)
