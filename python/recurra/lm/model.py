@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,9 +138,11 @@ class LM(nn.Module):
             x = x * self.config.embed_scale
         return self.embed_norm(x) if self.config.embed_norm else x
 
-    def _cap(self, logits: Tensor) -> Tensor:
-        cap = self.config.logits_soft_cap
-        return cap * torch.tanh(logits / cap) if cap else logits
+    def _logits(self, x: Tensor, linear: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        weight, cap = self.lm_head.weight, self.config.logits_soft_cap
+        x = x.to(weight.dtype)
+        # Divided before the product, where there is less of it.
+        return linear(x / cap, weight).tanh_() * cap if cap else linear(x, weight)
 
     def use_ops(self, ops: object) -> None:
         """Computes with the functions of another namespace, such as ``recurra.reference``."""
@@ -199,7 +201,7 @@ class LM(nn.Module):
         if last_only:
             x = x[:, -1:] if cu_seqlens is None else x[0, cu_seqlens[1:] - 1, None]
         x = self.norm_f(x)
-        logits = self._cap(F.linear(x.to(self.lm_head.weight.dtype), self.lm_head.weight))
+        logits = self._logits(x, F.linear)
         if return_hidden:
             hidden.append(x)
             return logits, states, tuple(hidden)
@@ -220,8 +222,7 @@ class LM(nn.Module):
         states = iter(state)
         for block in self.layers:
             x = block.step(x, states)
-        x = self.norm_f(x).to(self.lm_head.weight.dtype)
-        return self._cap(linear_step(x, self.lm_head.weight))
+        return self._logits(self.norm_f(x), linear_step)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = None) -> LM:
