@@ -7,15 +7,20 @@ import textwrap
 
 from recurra.cli import _common
 from recurra.diag import adding, bias, copy, newton
+from recurra.diag.sequence import Diagnostic
+from recurra.diag.tasks import TASKS
 
 _EPILOG = """\
     examples
       recurra diag newton --cell paragru      when Newton's method converges
       recurra diag copy --algo rtrl           memory learned online, and what truncation costs
       recurra diag adding --cell lem
+      recurra diag parity --mixer hgrn        gates that may be negative, and the same that may not
+      recurra diag s3 --min-acc 0.99          exit status 1 when that is missed
       recurra diag NAME --help
 """
 _DIAGNOSTICS = {"newton": newton, "copy": copy, "adding": adding, "bias": bias}
+_DIAGNOSTICS |= {name: Diagnostic(name, task) for name, task in TASKS.items()}
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:

@@ -1,0 +1,186 @@
+"""Diagnostics that train a small model to label sequences and tell its accuracy by length."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from typing import TYPE_CHECKING
+
+from recurra.diag import _picture
+from recurra.diag.tasks import Task
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    import recurra
+    from recurra.lm import LMConfig
+
+
+class Diagnostic:
+    """``recurra diag NAME`` of a task.
+
+    Args:
+        name: of the task.
+        task: what it is.
+    """
+
+    def __init__(self, name: str, task: Task):
+        self.name, self.task = name, task
+        self.HELP, self.EPILOG = task.help, task.epilog
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        task, add = self.task, parser.add_argument
+        add(
+            "--mixer",
+            default=task.mixer,
+            metavar="M",
+            help="the kind of a mixer, or a configuration of `recurra train`; default: %(default)s",
+        )
+        add("--min-acc", type=float, metavar="A", help="exit with 1 below this accuracy")
+        add("--d-model", type=int, default=task.d_model, metavar="N", help="default: %(default)s")
+        add("--layers", type=int, default=task.n_layers, metavar="N", help="default: %(default)s")
+        add("--steps", type=int, default=task.steps, metavar="N", help="default: %(default)s")
+        add("--batch", type=int, default=task.batch, metavar="B", help="default: %(default)s")
+        add("--lr", type=float, default=task.lr, help="default: %(default)s")
+        add("--minutes", type=float, default=3, metavar="M", help="at most; default: %(default)s")
+        add("--seed", type=int, default=0)
+        _picture.add_option(parser, f"{self.name}.png")
+
+    def run(self, args: argparse.Namespace) -> int:
+        import torch
+
+        from recurra.cli import _common
+
+        _common.check_at_least_one(args, "d_model", "layers", "steps", "batch")
+        for name in ("minutes", "lr"):
+            if not getattr(args, name) > 0:
+                raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
+        variants = _variants(args, self.task, self.name)
+        _common.set_threads(args)
+        curves = {}
+        for label, config in variants.items():
+            torch.manual_seed(args.seed)
+            print(
+                f"{label}: {config.parameter_count():,} parameters, trained on lengths "
+                f"{self.task.train[0]} to {self.task.train[1]}",
+                flush=True,
+            )
+            model = train(self.task, config, args)
+            curves[label] = accuracies(self.task, model, args.seed + 2)
+        _print_table(curves)
+        print(_picture.draw(args.picture, 1, lambda axes: self._fill(axes[0], curves)))
+        asked = next(iter(curves.values()))[self.task.lengths[-1]]
+        if args.min_acc is not None and not asked >= args.min_acc:
+            raise ValueError(f"the accuracy is {asked:.4f}, --min-acc asks for {args.min_acc:g}")
+        return 0
+
+    def _fill(self, axis, curves: dict[str, dict[int, float]]) -> None:
+        for label, curve in curves.items():
+            axis.plot(list(curve), list(curve.values()), "o-", markersize=4, label=label)
+        axis.axvspan(0, self.task.train[1], color="gray", alpha=0.15, label="lengths of training")
+        axis.axhline(1 / self.task.classes, color="gray", linestyle="--", label="chance")
+        axis.set_xlabel("length")
+        axis.set_ylabel("accuracy")
+        axis.set_ylim(0, 1.03)
+        axis.legend(loc="lower left")
+
+
+def _variants(args: argparse.Namespace, task: Task, name: str) -> dict[str, LMConfig]:
+    """The model, for parity with gates in (-1, 1) and beside it with gates in (0, 1)."""
+    from recurra.lm import CONFIGS, LMConfig
+    from recurra.nn import MIXERS
+
+    kinds = {mixer.kind: mixer for mixer in MIXERS}
+    if args.mixer in CONFIGS:
+        config = CONFIGS[args.mixer]
+    elif args.mixer in kinds:
+        config = LMConfig(mixer=kinds[args.mixer]())
+    else:
+        known = ", ".join(dict.fromkeys([*kinds, *CONFIGS]))
+        raise ValueError(f"--mixer must be one of {known}, got {args.mixer}")
+    config = dataclasses.replace(
+        config,
+        vocab_size=max(task.symbols, task.classes),
+        d_model=args.d_model,
+        n_layers=args.layers,
+    )
+    if name != "parity" or not hasattr(config.mixer, "eig_range"):
+        return {args.mixer: config}
+
+    def with_range(low: float) -> LMConfig:
+        return dataclasses.replace(
+            config, mixer=dataclasses.replace(config.mixer, eig_range=(low, 1))
+        )
+
+    return {
+        f"{args.mixer}, gates in (-1, 1)": with_range(-1.0),
+        f"{args.mixer}, gates in (0, 1)": with_range(0.0),
+    }
+
+
+def _loss(task: Task, model: recurra.LM, tokens: Tensor, labels: Tensor) -> Tensor:
+    import torch.nn.functional as F
+
+    logits = model(tokens)[0][..., : task.classes]
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-1)
+
+
+def train(task: Task, config: LMConfig, args: argparse.Namespace) -> recurra.LM:
+    """A model of that configuration after --steps, or --minutes, whichever is less."""
+    import torch
+
+    import recurra
+
+    generator = torch.Generator().manual_seed(args.seed + 1)
+    model = recurra.LM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, total_steps=args.steps, pct_start=0.1
+    )
+    start = told = time.monotonic()
+    low, high = task.train
+    for step in range(1, args.steps + 1):
+        length = int(torch.randint(low, high + 1, (), generator=generator))
+        loss = _loss(task, model, *task.draw(args.batch, length, generator))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        now = time.monotonic()
+        late = now - start > 60 * args.minutes
+        if now - told > 5 or late or step == args.steps:
+            told = now
+            print(f"  step {step:5}  loss {loss.item():.4f}  {now - start:6.1f} s", flush=True)
+        if late:
+            break
+    return model
+
+
+def accuracies(task: Task, model: recurra.LM, seed: int, count: int = 512) -> dict[int, float]:
+    """By length: the share of fresh sequences whose last label is right."""
+    import torch
+
+    out = {}
+    generator = torch.Generator().manual_seed(seed)
+    for length in task.lengths:
+        tokens, labels = task.draw(count, length, generator)
+        with torch.inference_mode():
+            said = torch.cat(
+                [model(part)[0][..., : task.classes].argmax(-1) for part in tokens.split(64)]
+            )
+        asked = labels >= 0
+        # The last one that is asked for in each sequence.
+        last = asked.long().cumsum(1).eq(asked.sum(1, keepdim=True)) & asked
+        out[length] = (said == labels)[last].double().mean().item()
+    return out
+
+
+def _print_table(curves: dict[str, dict[int, float]]) -> None:
+    width = max(len(label) for label in curves)
+    lengths = next(iter(curves.values()))
+    print(f"\n{'accuracy at length':{width}}" + "".join(f"{n:>8}" for n in lengths))
+    for label, curve in curves.items():
+        print(f"{label:{width}}" + "".join(f"{a:8.3f}" for a in curve.values()))

@@ -1,0 +1,167 @@
+"""What the diagnostics of sequences are trained on: symbols and, at some of their places, a label."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from recurra.diag import languages
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# count, length and a generator to symbols (count, length) and labels of the same shape, -1 where
+# nothing is asked.
+Draw = Callable[[int, int, "torch.Generator"], "tuple[Tensor, Tensor]"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A generated task.
+
+    Attributes:
+        help: a line.
+        epilog: more of them.
+        symbols: of the inputs.
+        classes: of the labels.
+        draw: makes sequences.
+        train: least and largest length in training.
+        lengths: at which the accuracy is told, in ascending order; the last one counts.
+        mixer: by default.
+        d_model, n_layers, steps, batch, lr: of the model and its training, by default.
+    """
+
+    help: str
+    epilog: str
+    symbols: int
+    classes: int
+    draw: Draw
+    train: tuple[int, int]
+    lengths: tuple[int, ...]
+    mixer: str
+    d_model: int = 64
+    n_layers: int = 1
+    steps: int = 1500
+    batch: int = 64
+    lr: float = 5e-3
+
+
+def _states(language: languages.Language) -> Draw:
+    """The state of the automaton after every symbol of evenly drawn strings."""
+
+    def draw(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        tokens = language.uniform(count, length, generator)
+        return tokens, language.states(tokens)
+
+    return draw
+
+
+def _membership(language: languages.Language) -> Draw:
+    """Whether what was read is in the language, after every symbol."""
+
+    def draw(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        tokens = language.uniform(count, length, generator)
+        return tokens, language.labels(tokens).long()
+
+    return draw
+
+
+def _flip_flop(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Strings of the language; after every `r` the bit that must come."""
+    import torch
+
+    language = languages.flip_flop()
+    read = language.alphabet.index("r")
+    tokens = language.sample(count, length + length % 2, True, generator)
+    labels = torch.full_like(tokens, -1)
+    bits = tokens[:, 1::2] - language.alphabet.index("0")
+    labels[:, ::2] = torch.where(tokens[:, ::2] == read, bits, -1)
+    return tokens[:, :length], labels[:, :length]
+
+
+def _recall(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One of eight symbols, noise of eight others, and at the end the question which it was."""
+    import torch
+
+    tokens = torch.randint(8, 16, (count, length), generator=generator)
+    tokens[:, 0] = torch.randint(8, (count,), generator=generator)
+    labels = torch.full_like(tokens, -1)
+    labels[:, -1] = tokens[:, 0]
+    return tokens, labels
+
+
+_LANGUAGE = """\
+    Strings are drawn evenly, and the model says after every symbol {what}. It is trained on short
+    strings, up to {train} symbols, and tested on longer ones: only who follows the states of the
+    automaton exactly goes on being right.
+"""
+
+
+def _of_language(what: str, train: int) -> str:
+    return _LANGUAGE.format(what=what, train=train)
+
+
+TASKS: dict[str, Task] = {
+    "parity": Task(
+        "whether the number of ones is odd: it takes gates that may be negative",
+        _of_language("whether the number of ones is odd", 40)
+        + """
+    A mixer with gates in (-1, 1) is trained beside the same one with gates in (0, 1), which cannot
+    (Grazzi et al., arXiv 2411.12537). --min-acc is asked of the first.
+""",
+        symbols=2,
+        classes=2,
+        draw=_membership(languages.parity()),
+        train=(1, 40),
+        lengths=(20, 40, 80, 160, 256),
+        mixer="hgrn",
+    ),
+    "flipflop": Task(
+        "what was last written, across everything that is to be ignored",
+        """\
+    Write, ignore and read, each followed by a bit (Liu et al., arXiv 2306.00946): whenever a bit is
+    read, the model says which one.
+""",
+        symbols=5,
+        classes=2,
+        draw=_flip_flop,
+        train=(32, 128),
+        lengths=(64, 128, 256, 512),
+        mixer="hgrn",
+    ),
+    "evenpair": Task(
+        "whether the last symbol is the first",
+        _of_language("whether neighbours have changed an even number of times", 40),
+        symbols=2,
+        classes=2,
+        draw=_membership(languages.even_pair()),
+        train=(1, 40),
+        lengths=(20, 40, 100, 250, 500),
+        mixer="lrnn",
+    ),
+    "s3": Task(
+        "products in the group of permutations of three, which do not commute",
+        _of_language("which permutation the product so far is", 40),
+        symbols=6,
+        classes=6,
+        draw=_states(languages.s3()),
+        train=(1, 40),
+        lengths=(20, 40, 100, 250, 500),
+        mixer="lrnn",
+    ),
+    "recall": Task(
+        "the first symbol, told after a thousand others",
+        """\
+    One of eight symbols, then noise of eight others; at the end the model says which the first was.
+""",
+        symbols=16,
+        classes=8,
+        draw=_recall,
+        train=(1024, 1024),
+        lengths=(256, 512, 1024),
+        mixer="lru",
+        batch=16,
+    ),
+}
