@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from types import SimpleNamespace
@@ -9,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from recurra.cli import main
-from recurra.lm import CONFIGS, LM
+from recurra.lm import CONFIGS, LM, LMConfig
 from recurra.lm.tokenizer import ByteTokenizer
+from recurra.nn import AarenConfig
 from recurra.train import TrainOptions, compare
 from recurra.train.data import Corpus, open_text
 from recurra.train.trainer import NonFiniteLoss, Trainer
@@ -111,6 +113,16 @@ def test_all_have_about_the_same_size(parameters):
         config = compare.sized(name, parameters)
         assert config.parameter_count() == pytest.approx(parameters, rel=0.15), name
         assert config.vocab_size == 256
+
+
+def test_what_follows_from_the_width_follows_it(monkeypatch):
+    heads = LMConfig(d_model=144, mixer=AarenConfig(heads=9), embed_scale=12.0, vocab_size=999)
+    monkeypatch.setitem(CONFIGS, "heads", heads)
+    config = compare.sized("heads", 80_000)
+    # Widths are multiples of 8, here of heads too.
+    assert config.d_model == 72 and config.embed_scale == 72**0.5 and config.vocab_size == 256
+    monkeypatch.setitem(CONFIGS, "heads", dataclasses.replace(heads, embed_scale=3.0))
+    assert compare.sized("heads", 80_000).embed_scale == 3.0
 
 
 def test_every_kind_of_mixer_is_compared_once():

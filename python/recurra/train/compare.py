@@ -76,11 +76,18 @@ def sized(name: str, parameters: int) -> LMConfig:
     known = CONFIGS.get(ALIASES.get(name, name))
     if known is None:
         raise ValueError(f"unknown mixer {name}; known are {', '.join([*ALIASES, *CONFIGS])}")
+    scaled = known.embed_scale == known.d_model**0.5  # as Gemma scales it
     tried: list[tuple[int, LMConfig]] = []
     width = 0
     while not tried or tried[-1][0] < parameters:
         width += _WIDTH
-        config = dataclasses.replace(known, vocab_size=256, d_model=width, eos_token_ids=())
+        config = dataclasses.replace(
+            known,
+            vocab_size=256,
+            d_model=width,
+            embed_scale=width**0.5 if scaled else known.embed_scale,
+            eos_token_ids=(),
+        )
         try:
             count = config.parameter_count()
         except ValueError:  # heads or blocks do not divide it
