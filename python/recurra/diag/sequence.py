@@ -11,7 +11,6 @@ from recurra.diag import _picture
 from recurra.diag.tasks import Task
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     import recurra
@@ -58,6 +57,8 @@ class Diagnostic:
             if not getattr(args, name) > 0:
                 raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
         variants = _variants(args, self.task, self.name)
+        if self.task.held_out is not None:
+            self.task.held_out()  # says at once where it is missing
         _common.set_threads(args)
         curves = {}
         for label, config in variants.items():
@@ -100,6 +101,9 @@ def _variants(args: argparse.Namespace, task: Task, name: str) -> dict[str, LMCo
     else:
         known = ", ".join(dict.fromkeys([*kinds, *CONFIGS]))
         raise ValueError(f"--mixer must be one of {known}, got {args.mixer}")
+    if args.mixer == task.mixer:
+        mixer = dataclasses.replace(config.mixer, **task.settings)
+        config = dataclasses.replace(config, mixer=mixer)
     config = dataclasses.replace(
         config,
         vocab_size=max(task.symbols, task.classes),
@@ -143,6 +147,9 @@ def train(task: Task, config: LMConfig, args: argparse.Namespace) -> recurra.LM:
     low, high = task.train
     for step in range(1, args.steps + 1):
         length = int(torch.randint(low, high + 1, (), generator=generator))
+        if task.log_lengths:
+            place = torch.rand((), generator=generator).item()
+            length = round(low * (high / low) ** place)
         loss = _loss(task, model, *task.draw(args.batch, length, generator))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -160,13 +167,13 @@ def train(task: Task, config: LMConfig, args: argparse.Namespace) -> recurra.LM:
 
 
 def accuracies(task: Task, model: recurra.LM, seed: int, count: int = 512) -> dict[int, float]:
-    """By length: the share of fresh sequences whose last label is right."""
+    """By length: the share of sequences, fresh or held out, whose last label is right."""
     import torch
 
     out = {}
     generator = torch.Generator().manual_seed(seed)
     for length in task.lengths:
-        tokens, labels = task.draw(count, length, generator)
+        tokens, labels = task.held_out() if task.held_out else task.draw(count, length, generator)
         with torch.inference_mode():
             said = torch.cat(
                 [model(part)[0][..., : task.classes].argmax(-1) for part in tokens.split(64)]

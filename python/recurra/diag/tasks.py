@@ -1,8 +1,9 @@
-"""What the diagnostics of sequences are trained on: symbols and, at some of their places, a label."""
+"""What the diagnostics of sequences are trained on: symbols and, at some places, a label."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,9 @@ class Task:
         train: least and largest length in training.
         lengths: at which the accuracy is told, in ascending order; the last one counts.
         mixer: by default.
+        settings: of that mixer, where they are not its own defaults.
+        held_out: what the accuracy is told of, where that is not drawn.
+        log_lengths: whether lengths in training are even on a logarithmic scale.
         d_model, n_layers, steps, batch, lr: of the model and its training, by default.
     """
 
@@ -41,6 +45,9 @@ class Task:
     train: tuple[int, int]
     lengths: tuple[int, ...]
     mixer: str
+    settings: dict[str, object] = dataclasses.field(default_factory=dict)
+    held_out: Callable[[], tuple[Tensor, Tensor]] | None = None
+    log_lengths: bool = False
     d_model: int = 64
     n_layers: int = 1
     steps: int = 1500
@@ -92,6 +99,55 @@ def _recall(count: int, length: int, generator: torch.Generator) -> tuple[Tensor
     return tokens, labels
 
 
+@functools.cache
+def _digits() -> tuple[Tensor, Tensor]:
+    """The handwritten digits of scikit-learn, in an order of their own: (1797, 64) of grey levels
+    from 0 to 16, and which digits they are."""
+    import numpy as np
+    import torch
+
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise RuntimeError(
+            "the digits come with scikit-learn, which is not installed: pip install scikit-learn"
+        ) from None
+    found = load_digits()
+    order = np.random.default_rng(0).permutation(len(found.target))
+    pixels = torch.from_numpy(found.images[order].reshape(-1, 64)).long()
+    return pixels, torch.from_numpy(found.target[order]).long()
+
+
+_HELD_OUT = 360  # a fifth of the digits
+
+
+def _read_digits(pixels: Tensor, digits: Tensor) -> tuple[Tensor, Tensor]:
+    import torch
+
+    labels = torch.full_like(pixels, -1)
+    labels[:, -1] = digits
+    return pixels, labels
+
+
+def _train_digits(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Digits to learn from, each moved by at most a pixel."""
+    import torch
+
+    pixels, digits = _digits()
+    which = torch.randint(_HELD_OUT, len(digits), (count,), generator=generator)
+    moves = torch.randint(3, (count, 2), generator=generator)
+    padded = torch.nn.functional.pad(pixels[which].unflatten(1, (8, 8)), (1, 1, 1, 1))
+    rows = (moves[:, :1] + torch.arange(8))[:, :, None]
+    columns = (moves[:, 1:] + torch.arange(8))[:, None, :]
+    moved = padded[torch.arange(count)[:, None, None], rows, columns].flatten(1)
+    return _read_digits(moved, digits[which])
+
+
+def _held_out_digits() -> tuple[Tensor, Tensor]:
+    pixels, digits = _digits()
+    return _read_digits(pixels[:_HELD_OUT], digits[:_HELD_OUT])
+
+
 _LANGUAGE = """\
     Strings are drawn evenly, and the model says after every symbol {what}. It is trained on short
     strings, up to {train} symbols, and tested on longer ones: only who follows the states of the
@@ -117,6 +173,7 @@ TASKS: dict[str, Task] = {
         train=(1, 40),
         lengths=(20, 40, 80, 160, 256),
         mixer="hgrn",
+        lr=0.02,
     ),
     "flipflop": Task(
         "what was last written, across everything that is to be ignored",
@@ -130,6 +187,8 @@ TASKS: dict[str, Task] = {
         train=(32, 128),
         lengths=(64, 128, 256, 512),
         mixer="hgrn",
+        steps=1000,
+        lr=0.01,
     ),
     "evenpair": Task(
         "whether the last symbol is the first",
@@ -140,6 +199,9 @@ TASKS: dict[str, Task] = {
         train=(1, 40),
         lengths=(20, 40, 100, 250, 500),
         mixer="lrnn",
+        # What is remembered is all there is to the state, so it may not grow without end.
+        settings={"p": 1.1},
+        steps=1000,
     ),
     "s3": Task(
         "products in the group of permutations of three, which do not commute",
@@ -151,6 +213,22 @@ TASKS: dict[str, Task] = {
         lengths=(20, 40, 100, 250, 500),
         mixer="lrnn",
     ),
+    "digits": Task(
+        "handwritten digits, read pixel by pixel",
+        """\
+    The 8 x 8 images of scikit-learn (pip install scikit-learn), one pixel after another; after the
+    last one the model says which digit it was. A fifth of the images is held out; the others are
+    moved by up to a pixel in training.
+""",
+        symbols=17,
+        classes=10,
+        draw=_train_digits,
+        train=(64, 64),
+        lengths=(64,),
+        mixer="lru",
+        held_out=_held_out_digits,
+        n_layers=2,
+    ),
     "recall": Task(
         "the first symbol, told after a thousand others",
         """\
@@ -159,9 +237,13 @@ TASKS: dict[str, Task] = {
         symbols=16,
         classes=8,
         draw=_recall,
-        train=(1024, 1024),
-        lengths=(256, 512, 1024),
+        train=(2, 1024),
+        lengths=(64, 256, 512, 1024),
         mixer="lru",
-        batch=16,
+        settings={"r_min": 0.99, "r_max": 0.9999, "max_phase": 0.3},
+        log_lengths=True,
+        steps=2500,
+        batch=32,
+        lr=0.02,
     ),
 }
