@@ -183,6 +183,7 @@ def test_one_that_diverges_is_last(command, tmp_path, monkeypatch, capsys):
         ("--lr -1", "lr must be from 0.0 to 1000.0, got -1.0"),
         ("--threads 0", "--threads must be at least 1, got 0"),
         ("--picture nowhere/compare.png", "nowhere: no such folder"),
+        ("--json .", ": is a folder"),
         ("--data nothing.txt", "nothing.txt: no such file"),
     ],
 )

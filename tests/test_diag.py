@@ -49,6 +49,7 @@ def test_adding_learns_a_short_one(tmp_path, capsys):
         ("adding --cell gru", "--cell must be one of elstm, "),
         ("adding --length 1", "--length must be at least 2, got 1"),
         ("adding --batch 0", "--batch must be at least 1, got 0"),
+        ("copy --picture nowhere/copy.png", "nowhere: no such folder"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(command, sentence, capsys):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 import torch
 
 from recurra.cli import main
+from recurra.diag import sequence, tasks
 from recurra.diag.tasks import TASKS
 
 
@@ -84,6 +86,14 @@ def test_parity_shows_both_ranges_and_exits_by_the_signed_one(tmp_path, capsys):
     assert "--min-acc asks for 0.999" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("mixer", ["paragru", "lru"])
+def test_parity_of_a_mixer_without_a_range_is_one_line(mixer, tmp_path, capsys):
+    command = ["diag", "parity", "--mixer", mixer, *SMALL, "--steps", "1"]
+    assert main([*command, "--picture", str(tmp_path / "x.png")]) == 0
+    out = capsys.readouterr().out
+    assert re.findall(rf"^({mixer}.*?) +(?:\d\.\d{{3}} *){{5}}$", out, re.MULTILINE) == [mixer]
+
+
 def test_signed_gates_learn_parity_and_positive_ones_do_not(tmp_path, capsys):
     command = ["diag", "parity", "--mixer", "mingru", "--d-model", "32", "--steps", "300"]
     command += ["--batch", "32", "--threads", "1", "--picture", str(tmp_path / "parity.png")]
@@ -106,6 +116,18 @@ def test_digits_run(tmp_path):
     assert main([*command, "--picture", str(tmp_path / "x.png")]) == 0
 
 
+def test_digits_without_scikit_learn(monkeypatch, capsys):
+    tasks._digits.cache_clear()
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert main(["diag", "digits"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "recurra diag: the digits come with scikit-learn, which is not installed: "
+        "pip install scikit-learn\n"
+    )
+    assert not captured.out  # nothing was trained
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -114,9 +136,14 @@ def test_digits_run(tmp_path):
         ("--d-model -4", "--d-model must be at least 1, got -4"),
         ("--minutes 0", "--minutes must be positive, got 0.0"),
         ("--lr nan", "--lr must be positive, got nan"),
+        ("--min-acc nan", "--min-acc must be from 0 to 1, got nan"),
+        ("--min-acc 99", "--min-acc must be from 0 to 1, got 99.0"),
+        ("--picture nowhere/s3.png", "nowhere: no such folder"),
+        ("--picture .", ": is a folder"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(options, sentence, capsys):
+def test_what_is_wrong_is_one_sentence(options, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sequence, "train", lambda *_: pytest.fail("trained"))
     assert main(["diag", "s3", *options.split()]) == 1
     err = capsys.readouterr().err
     assert err.startswith("recurra diag: ") and sentence in err and err.count("\n") == 1

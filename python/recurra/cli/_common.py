@@ -46,6 +46,16 @@ def check_at_least_one(args: argparse.Namespace, *names: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
+def check_can_be_written(name: str) -> None:
+    """Raises OSError for a file whose folder is not there, or that is a folder: before the work,
+    not when its result is to be kept."""
+    path = Path(name).absolute()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
+
+
 def find(name: str) -> Path:
     """The folder of a checkpoint: the name itself, or the newest checkpoint of a run.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
 import math
 import sys
 from pathlib import Path
@@ -101,8 +100,7 @@ def run(args: argparse.Namespace) -> int:
     _common.check_at_least_one(args, "parameters", "length", "batch")
     _common.set_threads(args)
     for name in filter(None, (args.picture, args.json)):
-        if not (folder := Path(name).absolute().parent).is_dir():
-            raise FileNotFoundError(errno.ENOENT, "no such folder", str(folder))
+        _common.check_can_be_written(name)
     names = compare.default_names() if args.mixers is None else _names(args.mixers)
     configs = {name: compare.sized(name, args.parameters) for name in names}
     options = TrainOptions(**{name: getattr(args, name) for name in _TRAINING})

@@ -34,7 +34,13 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     names = parser.add_subparsers(dest="diagnostic", required=True, metavar="NAME")
     for name, module in _DIAGNOSTICS.items():
         each = _common.add_command(
-            names, name, module.run, module.EPILOG, help=module.HELP, description=module.HELP
+            names, name, _run, module.EPILOG, help=module.HELP, description=module.HELP
         )
+        each.set_defaults(experiment=module.run)
         module.add_options(each)
         _common.add_threads_option(each)
+
+
+def _run(args: argparse.Namespace) -> int:
+    _common.check_can_be_written(args.picture)
+    return args.experiment(args)

@@ -56,6 +56,8 @@ class Diagnostic:
         for name in ("minutes", "lr"):
             if not getattr(args, name) > 0:
                 raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
+        if args.min_acc is not None and not 0 <= args.min_acc <= 1:
+            raise ValueError(f"--min-acc must be from 0 to 1, got {args.min_acc}")
         variants = _variants(args, self.task, self.name)
         if self.task.held_out is not None:
             self.task.held_out()  # says at once where it is missing
@@ -118,8 +120,12 @@ def _variants(args: argparse.Namespace, task: Task, name: str) -> dict[str, LMCo
             config, mixer=dataclasses.replace(config.mixer, eig_range=(low, 1))
         )
 
+    try:
+        signed = with_range(-1.0)
+    except ValueError:  # a cell of `rnn` whose factors have no such range
+        return {args.mixer: config}
     return {
-        f"{args.mixer}, gates in (-1, 1)": with_range(-1.0),
+        f"{args.mixer}, gates in (-1, 1)": signed,
         f"{args.mixer}, gates in (0, 1)": with_range(0.0),
     }
 
