@@ -103,8 +103,8 @@ def _variants(args: argparse.Namespace, task: Task, name: str) -> dict[str, LMCo
     else:
         known = ", ".join(dict.fromkeys([*kinds, *CONFIGS]))
         raise ValueError(f"--mixer must be one of {known}, got {args.mixer}")
-    if args.mixer == task.mixer:
-        mixer = dataclasses.replace(config.mixer, **task.settings)
+    if args.mixer in task.settings:
+        mixer = dataclasses.replace(config.mixer, **task.settings[args.mixer])
         config = dataclasses.replace(config, mixer=mixer)
     config = dataclasses.replace(
         config,

@@ -31,7 +31,7 @@ class Task:
         train: least and largest length in training.
         lengths: at which the accuracy is told, in ascending order; the last one counts.
         mixer: by default.
-        settings: of that mixer, where they are not its own defaults.
+        settings: of mixers by their names, where they are not their own defaults.
         held_out: what the accuracy is told of, where that is not drawn.
         log_lengths: whether lengths in training are even on a logarithmic scale.
         d_model, n_layers, steps, batch, lr: of the model and its training, by default.
@@ -45,7 +45,7 @@ class Task:
     train: tuple[int, int]
     lengths: tuple[int, ...]
     mixer: str
-    settings: dict[str, object] = dataclasses.field(default_factory=dict)
+    settings: dict[str, dict[str, object]] = dataclasses.field(default_factory=dict)
     held_out: Callable[[], tuple[Tensor, Tensor]] | None = None
     log_lengths: bool = False
     d_model: int = 64
@@ -200,7 +200,7 @@ TASKS: dict[str, Task] = {
         lengths=(20, 40, 100, 250, 500),
         mixer="lrnn",
         # What is remembered is all there is to the state, so it may not grow without end.
-        settings={"p": 1.1},
+        settings={"lrnn": {"p": 1.1}},
         steps=1000,
     ),
     "s3": Task(
@@ -226,8 +226,10 @@ TASKS: dict[str, Task] = {
         train=(64, 64),
         lengths=(64,),
         mixer="lru",
+        settings={"s4d": {"d_state": 16, "dt_min": 0.01, "dt_max": 0.5, "view": "convolution"}},
         held_out=_held_out_digits,
         n_layers=2,
+        steps=1000,
     ),
     "recall": Task(
         "the first symbol, told after a thousand others",
@@ -240,7 +242,7 @@ TASKS: dict[str, Task] = {
         train=(2, 1024),
         lengths=(64, 256, 512, 1024),
         mixer="lru",
-        settings={"r_min": 0.99, "r_max": 0.9999, "max_phase": 0.3},
+        settings={"lru": {"r_min": 0.99, "r_max": 0.9999, "max_phase": 0.3}},
         log_lengths=True,
         steps=2500,
         batch=32,
