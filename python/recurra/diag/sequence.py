@@ -153,8 +153,9 @@ def train(task: Task, config: LMConfig, args: argparse.Namespace) -> recurra.LM:
     low, high = task.train
     for step in range(1, args.steps + 1):
         length = int(torch.randint(low, high + 1, (), generator=generator))
-        if task.log_lengths:
-            place = torch.rand((), generator=generator).item()
+        if task.growing:
+            done = step / args.steps
+            place = done + (1 - done) * torch.rand((), generator=generator).item()
             length = round(low * (high / low) ** place)
         loss = _loss(task, model, *task.draw(args.batch, length, generator))
         loss.backward()

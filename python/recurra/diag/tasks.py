@@ -33,7 +33,8 @@ class Task:
         mixer: by default.
         settings: of mixers by their names, where they are not their own defaults.
         held_out: what the accuracy is told of, where that is not drawn.
-        log_lengths: whether lengths in training are even on a logarithmic scale.
+        growing: whether lengths in training are even on a logarithmic scale whose lower end rises
+            to the upper one while training goes on.
         d_model, n_layers, steps, batch, lr: of the model and its training, by default.
     """
 
@@ -47,7 +48,7 @@ class Task:
     mixer: str
     settings: dict[str, dict[str, object]] = dataclasses.field(default_factory=dict)
     held_out: Callable[[], tuple[Tensor, Tensor]] | None = None
-    log_lengths: bool = False
+    growing: bool = False
     d_model: int = 64
     n_layers: int = 1
     steps: int = 1500
@@ -243,8 +244,8 @@ TASKS: dict[str, Task] = {
         lengths=(64, 256, 512, 1024),
         mixer="lru",
         settings={"lru": {"r_min": 0.99, "r_max": 0.9999, "max_phase": 0.3}},
-        log_lengths=True,
-        steps=2500,
+        growing=True,
+        steps=1500,
         batch=32,
         lr=0.02,
     ),
