@@ -162,9 +162,8 @@ void accumulate_pairs(const View<3>& a, const Plane& to, int64_t steps, int64_t 
     T* at = reinterpret_cast<T*>(to.at(over_time ? 0 : t, 0).data);
     for (int64_t c = 0; c < 2 * channels; c += kLanes) {
       const Vec<T> v = Vec<T>::load(rows + t * width + c);
-      // Each part stands in two lanes.
-      at[c / (2 * kLanes) * 2] += T(0.5) * sum(evens(v));
-      at[c / (2 * kLanes) * 2 + 1] += T(0.5) * sum(odds(v));
+      at[c / (2 * kLanes) * 2] += sum(alternate(v, Vec<T>(T(0))));
+      at[c / (2 * kLanes) * 2 + 1] += sum(alternate(Vec<T>(T(0)), v));
     }
   }
 }

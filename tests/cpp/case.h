@@ -294,7 +294,7 @@ inline DType activation(Random& random) {
 inline DType parameter(Random& random, DType activations) {
   return random.chance(50) ? activations : activations == DType::f64 ? DType::f64 : DType::f32;
 }
-inline DType state_of(DType d) { return d == DType::f64 ? d : DType::f32; }
+inline DType state_of(DType d) { return d == DType::f64 || is_complex(d) ? d : DType::f32; }
 
 // Which state each row uses: some skip, none is used twice.
 inline std::vector<int64_t> slots(Random& random, int64_t rows, int64_t states) {
