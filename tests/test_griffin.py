@@ -11,6 +11,14 @@ import torch.nn.functional as F
 
 import crash
 import recurra
+from mixers import (
+    assert_gradients_are_those_of_the_reference,
+    assert_packed_is_apart,
+    assert_whole_is_chunked_is_stepped,
+    close,
+    learn_a_cycle,
+    states,
+)
 from recurra.lm import CONFIGS, LMConfig
 from recurra.nn import RGLRU, Attention, AttentionConfig, GLUConfig, RGLRUConfig, attention
 from recurra.nn.rg_lru import _InputFactor
@@ -29,7 +37,6 @@ MIXERS = {
     "attention, window unfilled": AttentionConfig(heads=2, kv_heads=2, window=40, rotary=1.0),
     "griffin": (RGLRUConfig(), AttentionConfig(window=WINDOW)),
 }
-CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 
 
 def model(mixer, dtype: torch.dtype = torch.float64) -> recurra.LM:
@@ -54,26 +61,9 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(attention, "_BLOCK", 8)
 
 
-def states(state) -> list[torch.Tensor]:
-    return [x for layer in state for x in layer]
-
-
 @pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
 def test_whole_is_chunked_is_stepped(mixer):
-    lm = model(mixer)
-    tokens = torch.randint(0, 31, (2, 29))
-    whole, last = lm(tokens)
-    state, chunks = None, []
-    for chunk in tokens.split([1, 3, 12, 2, 11], 1):
-        logits, state = lm(chunk, state)
-        chunks.append(logits)
-    torch.testing.assert_close(torch.cat(chunks, 1), whole, **CLOSE)
-    stepped = lm.initial_state(2)
-    steps = torch.stack([lm.step(token, stepped) for token in tokens.unbind(1)], 1)
-    torch.testing.assert_close(steps, whole, **CLOSE)
-    for other in (state, stepped):
-        for got, want in zip(states(other), states(last), strict=True):
-            torch.testing.assert_close(got, want, **CLOSE)
+    last = assert_whole_is_chunked_is_stepped(model(mixer), [1, 3, 12, 2, 11])
     assert all(s.seen.tolist() == [29, 29] for s in last)
 
 
@@ -81,44 +71,32 @@ def test_whole_is_chunked_is_stepped(mixer):
 def test_packed_sequences_do_not_meet(mixer):
     """Some begin, one goes on, one is empty; rows of a batch may have seen different numbers."""
     lm = model(mixer)
-    tokens = torch.randint(0, 31, (1, 40))
-    pieces = tokens.split([9, 0, 18, 13], 1)
     before = lm.initial_state(4)
     _, begun = lm(torch.randint(0, 31, (1, 7)))
     for whole, part in zip(states(before), states(begun), strict=True):
         whole[2:3] = part
-    apart = [lm(piece, begun if n == 2 else None) for n, piece in enumerate(pieces)]
-    ends = torch.tensor([0, 9, 9, 27, 40])
-    packed, last = lm(tokens, before, cu_seqlens=ends)
-    torch.testing.assert_close(packed, torch.cat([y for y, _ in apart], 1), **CLOSE)
-    for n, (_, after) in enumerate(apart):
-        for got, want in zip(states(last), states(after), strict=True):
-            torch.testing.assert_close(got[n : n + 1], want, **CLOSE)
+    last = assert_packed_is_apart(lm, [9, 0, 18, 13], before)
     # On from there, all rows at once.
     more = torch.randint(0, 31, (4, 6))
     whole, _ = lm(more, last)
     steps = torch.stack([lm.step(token, last) for token in more.unbind(1)], 1)
-    torch.testing.assert_close(steps, whole, **CLOSE)
+    close(steps, whole)
 
 
 @pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
 def test_gradients_are_those_of_the_reference(mixer):
     tokens = torch.randint(0, 31, (2, 14), generator=torch.Generator().manual_seed(3))
 
-    def gradients(lm):
+    def loss(lm):
         _, state = lm(tokens[:, :5])
         logits, _ = lm(tokens[:, 5:-1], state)
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 6:].flatten())
-        return torch.autograd.grad(loss, list(lm.parameters()))
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 6:].flatten())
 
-    lm, plain = model(mixer), model(mixer)
-    plain.use_ops(recurra.reference)
-    names = [name for name, _ in lm.named_parameters()]
-    for name, got, want in zip(names, gradients(lm), gradients(plain), strict=True):
+    def unused(name: str) -> bool:
         # An input that sees itself alone does so whatever the scores are.
-        unused = getattr(mixer, "window", 0) == 1 and ("q_proj" in name or "k_proj" in name)
-        assert unused or got.abs().max() > 0, name
-        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-10, msg=name)
+        return getattr(mixer, "window", 0) == 1 and ("q_proj" in name or "k_proj" in name)
+
+    assert_gradients_are_those_of_the_reference(lambda: model(mixer), loss, unused)
 
 
 def test_attention_is_that_of_a_mask():
@@ -134,7 +112,7 @@ def test_attention_is_that_of_a_mask():
     ago = torch.arange(23)[:, None] - torch.arange(23)
     scores = scores.masked_fill((ago < 0) | (ago >= WINDOW), -torch.inf)
     y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(mixer(x)[0], mixer.out_proj(y), **CLOSE)
+    close(mixer(x)[0], mixer.out_proj(y))
 
 
 def test_the_input_factor_is_exact_and_its_slope_is_bounded():
@@ -175,18 +153,7 @@ def test_initial_decays_lie_in_the_ring():
 def test_a_named_configuration_learns(name):
     small = {"d_model": 32, "n_layers": 3, "vocab_size": 16, "embed_scale": 32**0.5}
     config = dataclasses.replace(CONFIGS[name], **small)
-    torch.manual_seed(0)
-    lm = recurra.LM(config)
-    assert config.parameter_count() == sum(p.numel() for p in lm.parameters())
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-2)
-    tokens = (torch.arange(41) * 7 % 16).repeat(4, 1)  # a cycle
-    losses = []
-    for _ in range(60):
-        loss = F.cross_entropy(lm(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    lm, tokens, losses = learn_a_cycle(config)
     assert losses[0] > 2 and losses[-1] < 0.3
     said = lm.generate([tokens[0, :20], tokens[0, 3:7]], max_tokens=12)
     assert said == [tokens[0, 20:32].tolist(), tokens[0, 7:19].tolist()]
@@ -201,7 +168,7 @@ def test_prompts_of_any_lengths_are_read_together():
 
     logits, _ = prefill(lm, [torch.tensor(p) for p in prompts], budget=12)
     for got, prompt in zip(logits, prompts, strict=True):
-        torch.testing.assert_close(got, lm(torch.tensor([prompt]))[0][0, -1], **CLOSE)
+        close(got, lm(torch.tensor([prompt]))[0][0, -1])
 
 
 def test_memory_is_that_of_a_block(monkeypatch):

@@ -9,6 +9,14 @@ import torch
 import torch.nn.functional as F
 
 import recurra
+from mixers import (
+    assert_gradients_are_those_of_the_reference,
+    assert_packed_is_apart,
+    assert_whole_is_chunked_is_stepped,
+    close,
+    learn_a_cycle,
+    next_token_loss,
+)
 from recurra.lm import CONFIGS, LMConfig
 from recurra.nn import (
     HGRN,
@@ -68,61 +76,22 @@ def model(mixer: MixerConfig, dtype: torch.dtype = torch.float64, layers: int = 
     return lm
 
 
-def states(state) -> list[torch.Tensor]:
-    return [x for layer in state for x in layer]
-
-
-def close(got: torch.Tensor, want: torch.Tensor) -> None:
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
-
-
 @pytest.mark.parametrize("mixer", VARIANTS.values(), ids=VARIANTS)
 def test_whole_is_chunked_is_stepped(mixer):
-    lm = model(mixer)
-    tokens = torch.randint(0, 31, (2, 23))
-    whole, last = lm(tokens)
-    state, chunks = None, []
-    for chunk in tokens.split([1, 9, 13], 1):
-        logits, state = lm(chunk, state)
-        chunks.append(logits)
-    close(torch.cat(chunks, 1), whole)
-    stepped = lm.initial_state(2)
-    close(torch.stack([lm.step(token, stepped) for token in tokens.unbind(1)], 1), whole)
-    for other in (state, stepped):
-        for got, want in zip(states(other), states(last), strict=True):
-            close(got, want)
+    assert_whole_is_chunked_is_stepped(model(mixer), [1, 9, 13])
 
 
 @pytest.mark.parametrize("mixer", VARIANTS.values(), ids=VARIANTS)
 def test_packed_sequences_do_not_meet(mixer):
     lm = model(mixer)
-    tokens = torch.randint(0, 31, (1, 20))
     before = lm(torch.randint(0, 31, (3, 4)))[1]  # each begins with a state of its own
-    packed, last = lm(tokens, before, cu_seqlens=torch.tensor([0, 7, 8, 20]))
-    apart = []
-    for n, part in enumerate(tokens.split([7, 1, 12], 1)):
-        own = [type(s)(*(x[n : n + 1] for x in s)) for s in before]
-        apart.append(lm(part, own))
-    close(packed, torch.cat([y for y, _ in apart], 1))
-    for n, (_, state) in enumerate(apart):
-        for got, want in zip(states(last), states(state), strict=True):
-            close(got[n : n + 1], want)
+    assert_packed_is_apart(lm, [7, 1, 12], before)
 
 
 @pytest.mark.parametrize("mixer", VARIANTS.values(), ids=VARIANTS)
 def test_gradients_are_those_of_the_reference(mixer):
     tokens = torch.randint(0, 31, (2, 12), generator=torch.Generator().manual_seed(3))
-
-    def gradients(lm):
-        loss = F.cross_entropy(lm(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten())
-        return torch.autograd.grad(loss, list(lm.parameters()))
-
-    lm, plain = model(mixer), model(mixer)
-    plain.use_ops(recurra.reference)
-    names = [name for name, _ in lm.named_parameters()]
-    for name, got, want in zip(names, gradients(lm), gradients(plain), strict=True):
-        assert got.abs().max() > 0, name
-        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-10, msg=name)
+    assert_gradients_are_those_of_the_reference(lambda: model(mixer), next_token_loss(tokens))
 
 
 @pytest.mark.parametrize("mixer", VARIANTS.values(), ids=VARIANTS)
@@ -145,18 +114,7 @@ def test_bfloat16_arithmetic_is_close(mixer):
 @pytest.mark.parametrize("name", NAMED)
 def test_a_named_configuration_learns(name):
     config = dataclasses.replace(CONFIGS[name], d_model=32, n_layers=2, vocab_size=16)
-    torch.manual_seed(0)
-    lm = recurra.LM(config)
-    assert config.parameter_count() == sum(p.numel() for p in lm.parameters())
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-2)
-    tokens = (torch.arange(41) * 7 % 16).repeat(4, 1)  # a cycle
-    losses = []
-    for _ in range(60):
-        loss = F.cross_entropy(lm(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    lm, tokens, losses = learn_a_cycle(config)
     assert losses[0] > 2.5 and losses[-1] < 0.3
     (said,) = lm.generate([tokens[0, :20]], max_tokens=12)
     assert said == tokens[0, 20:32].tolist()

@@ -11,6 +11,14 @@ import torch
 import torch.nn.functional as F
 
 import recurra
+from mixers import (
+    assert_gradients_are_those_of_the_reference,
+    assert_packed_is_apart,
+    assert_whole_is_chunked_is_stepped,
+    close,
+    learn_a_cycle,
+    states,
+)
 from recurra.lm import CONFIGS, LMConfig
 from recurra.nn import RWKV4, RWKV4Channel, RWKV4ChannelConfig, RWKV4Config
 
@@ -31,45 +39,16 @@ def model(config: LMConfig, dtype: torch.dtype = torch.float64) -> recurra.LM:
     return lm
 
 
-def states(state) -> list[torch.Tensor]:
-    return [x for layer in state for x in layer]
-
-
-def close(got: torch.Tensor, want: torch.Tensor) -> None:
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
-
-
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_whole_is_chunked_is_stepped(config):
-    lm = model(config)
-    tokens = torch.randint(0, 31, (2, 23))
-    whole, last = lm(tokens)
-    state, chunks = None, []
-    for chunk in tokens.split([1, 0, 9, 13], 1):
-        logits, state = lm(chunk, state)
-        chunks.append(logits)
-    close(torch.cat(chunks, 1), whole)
-    stepped = lm.initial_state(2)
-    close(torch.stack([lm.step(token, stepped) for token in tokens.unbind(1)], 1), whole)
-    for other in (state, stepped):
-        for got, want in zip(states(other), states(last), strict=True):
-            close(got, want)
+    assert_whole_is_chunked_is_stepped(model(config), [1, 0, 9, 13])
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_packed_sequences_do_not_meet(config):
     lm = model(config)
-    tokens = torch.randint(0, 31, (1, 20))
     _, before = lm(torch.randint(0, 31, (4, 3)))
-    packed, last = lm(tokens, before, cu_seqlens=torch.tensor([0, 7, 7, 8, 20]))
-    apart = [
-        lm(part, [type(s)(*(x[n : n + 1] for x in s)) for s in before])
-        for n, part in enumerate(tokens.split([7, 0, 1, 12], 1))
-    ]
-    close(packed, torch.cat([y for y, _ in apart], 1))
-    for n, (_, state) in enumerate(apart):
-        for got, want in zip(states(last), states(state), strict=True):
-            close(got[n : n + 1], want)
+    assert_packed_is_apart(lm, [7, 0, 1, 12], before)
 
 
 @pytest.mark.parametrize("packed", [None, [0, 4, 4, 22]], ids=["whole", "packed"])
@@ -79,18 +58,12 @@ def test_gradients_are_those_of_the_reference(config, packed):
     tokens = torch.randint(0, 31, shape, generator=torch.Generator().manual_seed(3))
     cu_seqlens = None if packed is None else torch.tensor(packed)
 
-    def gradients(lm):
+    def loss(lm):
         logits, state = lm(tokens[:, :-1], cu_seqlens=cu_seqlens)
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        loss = loss + sum(x[-1].sin().sum() for x in states(state))
-        return torch.autograd.grad(loss, list(lm.parameters()))
+        return loss + sum(x[-1].sin().sum() for x in states(state))
 
-    lm, plain = model(config), model(config)
-    plain.use_ops(recurra.reference)
-    names = [name for name, _ in lm.named_parameters()]
-    for name, got, want in zip(names, gradients(lm), gradients(plain), strict=True):
-        assert got.abs().max() > 0, name
-        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-10, msg=name)
+    assert_gradients_are_those_of_the_reference(lambda: model(config), loss)
 
 
 def test_the_mixer_is_the_formulas():
@@ -122,18 +95,7 @@ def test_the_mixer_is_the_formulas():
 
 def test_learns():
     config = dataclasses.replace(CONFIGS["rwkv4"], d_model=32, n_layers=2, vocab_size=16)
-    torch.manual_seed(0)
-    lm = recurra.LM(config)
-    assert config.parameter_count() == sum(p.numel() for p in lm.parameters())
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-2)
-    tokens = (torch.arange(41) * 7 % 16).repeat(4, 1)  # a cycle
-    losses = []
-    for _ in range(60):
-        loss = F.cross_entropy(lm(tokens[:, :-1])[0].flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    lm, tokens, losses = learn_a_cycle(config)
     assert losses[0] > 2.5 and losses[-1] < 0.3
     (said,) = lm.generate([tokens[0, :20]], max_tokens=12)
     assert said == tokens[0, 20:32].tolist()
