@@ -73,40 +73,14 @@ def _ops(batch: int, length: int, kind: str) -> list[Built]:
     return ops * sum(m.letter == "R" for m in _CONFIG.mixers())
 
 
-def _beside(
-    runs: dict[str, Callable], ops: list[Built], absent: str, with_peers: bool
-) -> list[Measured]:
-    """Times what is ours beside its products and transformers."""
-    probes = {k: v for b in ops for k, v in b.floor.probes().items()}
-    times, measured = interleave(runs, probes, _ROUNDS)
-    seconds = {name: t.median for name, t in times.items()}
-    floors = sum(b.floor.seconds(measured) for b in ops)
-    allowed = 1.25 * seconds["products"] + 1.5 * floors
-    out = Measured(
-        seconds["ours"] / allowed,
-        "x (1.25 x the matrix products alone + 1.5 x the floors of the ops)",
-        1.0,
-        f"{1e3 * seconds['ours']:.0f} ms; products {1e3 * seconds['products']:.0f} ms, floors "
-        f"{1e3 * floors:.0f} ms",
-    )
-    return [out, *models.peer_row(seconds, absent, with_peers, None, "transformers")]
-
-
 def prefill(with_peers: bool) -> list[Measured]:
     """Reading a prompt of 2048 tokens; the logits of the last one."""
     model = recurra.LM(_CONFIG).eval()
-    tokens = torch.randint(0, _CONFIG.vocab_size, (1, _PROMPT))
-    runs = {
-        "ours": lambda: model(tokens, last_only=True),
-        "products": _products(model, 1, _PROMPT, 1),
-    }
-    peer = models.transformers_model(model, torch.float32) if with_peers else ""
-    with torch.inference_mode():
-        if not isinstance(peer, str):
-            runs["transformers"] = lambda: peer(tokens, logits_to_keep=1, use_cache=False)
-            models.check(runs["ours"]()[0], runs["transformers"]().logits)
-        absent = peer if isinstance(peer, str) else ""
-        return _beside(runs, _ops(1, _PROMPT, FORWARD), absent, with_peers)
+    products = _products(model, 1, _PROMPT, 1)
+    ops = _ops(1, _PROMPT, FORWARD)
+    return models.read_prompt(
+        model, _PROMPT, ops, with_peers, products=products, use_cache=False, rounds=_ROUNDS
+    )
 
 
 def train(with_peers: bool) -> list[Measured]:
@@ -127,7 +101,9 @@ def train(with_peers: bool) -> list[Measured]:
             peer.train(), lambda x: peer(x, use_cache=False).logits, tokens
         )
     absent = peer if isinstance(peer, str) else ""
-    return _beside(runs, _ops(_BATCH, _LENGTH, BACKWARD), absent, with_peers)
+    return models.beside_products(
+        runs, _ops(_BATCH, _LENGTH, BACKWARD), absent, with_peers, _ROUNDS
+    )
 
 
 def decode(with_peers: bool) -> list[Measured]:

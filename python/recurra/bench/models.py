@@ -135,6 +135,30 @@ def peer_row(
     return [Measured(ratio, f"x the tokens/s of {name}", limit, text, at_least=True)]
 
 
+def beside_products(
+    runs: dict[str, Callable],
+    ops: list[Built],
+    absent: str,
+    with_peers: bool,
+    rounds: int = _ROUNDS,
+) -> list[Measured]:
+    """Times a model, ``runs["ours"]``, beside its matrix products, the floors of its ops, one for
+    each call, and transformers, which is among the runs or ``absent`` for a reason."""
+    probes = {k: v for b in ops for k, v in b.floor.probes().items()}
+    times, measured = interleave(runs, probes, rounds)
+    seconds = {name: t.median for name, t in times.items()}
+    floors = sum(b.floor.seconds(measured) for b in ops)
+    allowed = 1.25 * seconds["products"] + 1.5 * floors
+    out = Measured(
+        seconds["ours"] / allowed,
+        "x (1.25 x the matrix products alone + 1.5 x the floors of the ops)",
+        1.0,
+        f"{1e3 * seconds['ours']:.0f} ms; products {1e3 * seconds['products']:.0f} ms, floors "
+        f"{1e3 * floors:.0f} ms",
+    )
+    return [out, *peer_row(seconds, absent, with_peers, None, "transformers")]
+
+
 def _products(model: recurra.LM, rows: int, last: int) -> Callable[[], None]:
     """The matrix products of a model, by torch: of its blocks on ``rows`` tokens, of its head on
     ``last``."""
@@ -152,7 +176,14 @@ def _products(model: recurra.LM, rows: int, last: int) -> Callable[[], None]:
 
 
 def read_prompt(
-    model: recurra.LM, length: int, ops: list[Built], with_peers: bool
+    model: recurra.LM,
+    length: int,
+    ops: list[Built],
+    with_peers: bool,
+    *,
+    products: Callable[[], None] | None = None,
+    use_cache: bool = True,
+    rounds: int = _ROUNDS,
 ) -> list[Measured]:
     """Reading a prompt of one text; the logits of the last token.
 
@@ -161,37 +192,22 @@ def read_prompt(
         length: tokens of the prompt.
         ops: the cases of its ops, one for each call.
         with_peers: whether to compare with transformers' model of the same weights.
+        products: the model's matrix products; those of its linear layers when None.
+        use_cache: whether transformers' model keeps a state.
+        rounds: how often each is timed.
     """
     tokens = torch.randint(0, model.config.vocab_size, (1, length))
     runs = {
         "ours": lambda: model(tokens, last_only=True),
-        "products": _products(model, length, 1),
+        "products": products or _products(model, length, 1),
     }
-    absent = ""
-    if with_peers:
-        peer = transformers_model(model, torch.float32)
-        if isinstance(peer, str):
-            absent = peer
-        else:
-            runs["transformers"] = lambda: peer(tokens, logits_to_keep=1, use_cache=True)
+    peer = transformers_model(model, torch.float32) if with_peers else ""
     with torch.inference_mode():
-        if "transformers" in runs:
+        if not isinstance(peer, str):
+            runs["transformers"] = lambda: peer(tokens, logits_to_keep=1, use_cache=use_cache)
             check(runs["ours"]()[0], runs["transformers"]().logits)
-        probes = {k: v for b in ops for k, v in b.floor.probes().items()}
-        times, measured = interleave(runs, probes, _ROUNDS)
-    seconds = {name: t.median for name, t in times.items()}
-    floors = sum(b.floor.seconds(measured) for b in ops)
-    allowed = 1.25 * seconds["products"] + 1.5 * floors
-    out = [
-        Measured(
-            seconds["ours"] / allowed,
-            "x (1.25 x the matrix products alone + 1.5 x the floors of the ops)",
-            1.0,
-            f"{1e3 * seconds['ours']:.0f} ms; products {1e3 * seconds['products']:.0f} ms, floors "
-            f"{1e3 * floors:.0f} ms",
-        )
-    ]
-    return out + peer_row(seconds, absent, with_peers, None, "transformers")
+        absent = peer if isinstance(peer, str) else ""
+        return beside_products(runs, ops, absent, with_peers, rounds)
 
 
 def prefill(with_peers: bool) -> list[Measured]:
