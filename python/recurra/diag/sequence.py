@@ -58,7 +58,7 @@ class Diagnostic:
                 raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
         if args.min_acc is not None and not 0 <= args.min_acc <= 1:
             raise ValueError(f"--min-acc must be from 0 to 1, got {args.min_acc}")
-        variants = _variants(args, self.task, self.name)
+        variants = _variants(args, self.task)
         if self.task.held_out is not None:
             self.task.held_out()  # says at once where it is missing
         _common.set_threads(args)
@@ -90,8 +90,8 @@ class Diagnostic:
         axis.legend(loc="lower left")
 
 
-def _variants(args: argparse.Namespace, task: Task, name: str) -> dict[str, LMConfig]:
-    """The model, for parity with gates in (-1, 1) and beside it with gates in (0, 1)."""
+def _variants(args: argparse.Namespace, task: Task) -> dict[str, LMConfig]:
+    """The model, or with gates in (-1, 1) and beside it with gates in (0, 1)."""
     from recurra.lm import CONFIGS, LMConfig
     from recurra.nn import MIXERS
 
@@ -112,7 +112,7 @@ def _variants(args: argparse.Namespace, task: Task, name: str) -> dict[str, LMCo
         d_model=args.d_model,
         n_layers=args.layers,
     )
-    if name != "parity" or not hasattr(config.mixer, "eig_range"):
+    if not task.both_ranges or not hasattr(config.mixer, "eig_range"):
         return {args.mixer: config}
 
     def with_range(low: float) -> LMConfig:

@@ -35,6 +35,7 @@ class Task:
         held_out: what the accuracy is told of, where that is not drawn.
         growing: whether lengths in training are even on a logarithmic scale whose lower end rises
             to the upper one while training goes on.
+        both_ranges: whether a mixer is also shown with gates in (0, 1) beside those in (-1, 1).
         d_model, n_layers, steps, batch, lr: of the model and its training, by default.
     """
 
@@ -49,6 +50,7 @@ class Task:
     settings: dict[str, dict[str, object]] = dataclasses.field(default_factory=dict)
     held_out: Callable[[], tuple[Tensor, Tensor]] | None = None
     growing: bool = False
+    both_ranges: bool = False
     d_model: int = 64
     n_layers: int = 1
     steps: int = 1500
@@ -174,6 +176,7 @@ TASKS: dict[str, Task] = {
         train=(1, 40),
         lengths=(20, 40, 80, 160, 256),
         mixer="hgrn",
+        both_ranges=True,
         lr=0.02,
     ),
     "flipflop": Task(
