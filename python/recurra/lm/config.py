@@ -118,9 +118,12 @@ class LMConfig:
                     f"got {shown(token)}"
                 )
 
+    @property
+    def _given(self) -> tuple:
+        return self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)
+
     def _check_mixers(self) -> None:
-        given = self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)
-        for mixer in given:
+        for mixer in self._given:
             if type(mixer) not in MIXERS:
                 raise ValueError(
                     f"LMConfig: mixer must be one of {', '.join(m.__name__ for m in MIXERS)}, "
@@ -140,15 +143,16 @@ class LMConfig:
                 raise ValueError(
                     f"LMConfig: pattern must be of the letters {known}, got {shown(letter)}"
                 )
-        if isinstance(self.mixer, tuple) and len({m.letter for m in given}) < len(given):
+        if isinstance(self.mixer, tuple) and len({m.letter for m in self._given}) < len(
+            self._given
+        ):
             raise ValueError("LMConfig: mixer must not hold two of one letter")
 
     def mixers(self) -> list[MixerConfig]:
         """The mixer of each block."""
         if not self.pattern:
             return [self.mixer] * self.n_layers
-        given = self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)
-        by_letter = {m.letter: m for m in given}
+        by_letter = {m.letter: m for m in self._given}
         made = {x: by_letter.get(x) or _LETTERS[x]() for x in set(self.pattern)}
         return [made[self.pattern[i % len(self.pattern)]] for i in range(self.n_layers)]
 

@@ -22,6 +22,10 @@ from recurra.ops.linear_step import linear_step
 LMState = list[Any]
 
 
+def _remembers(part: nn.Module) -> bool:
+    return getattr(part, "stateful", True)
+
+
 class Block(nn.Module):
     """x + mixer(norm(x)), and the same with a feed-forward layer where there is one."""
 
@@ -43,7 +47,7 @@ class Block(nn.Module):
 
     def stateful(self) -> list[nn.Module]:
         """What remembers something."""
-        return [part for _, part in self.parts() if getattr(part, "stateful", True)]
+        return [part for _, part in self.parts() if _remembers(part)]
 
     def _residual(self, x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
         normed = norm(x.to(norm.weight.dtype))
@@ -55,17 +59,17 @@ class Block(nn.Module):
         after = []
         for norm, part in self.parts():
             x, normed = self._residual(x, norm)
-            stateful = getattr(part, "stateful", True)
-            y, state = part(normed, next(states) if stateful else None, cu_seqlens=cu_seqlens)
+            before = next(states) if _remembers(part) else None
+            y, state = part(normed, before, cu_seqlens=cu_seqlens)
             x = x + y
-            if stateful:
+            if _remembers(part):
                 after.append(state)
         return x, after
 
     def step(self, x: Tensor, states: Iterator[Any]) -> Tensor:
         for norm, part in self.parts():
             x, normed = self._residual(x, norm)
-            x = x + part.step(normed, next(states) if getattr(part, "stateful", True) else None)
+            x = x + part.step(normed, next(states) if _remembers(part) else None)
         return x
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from recurra._check import state_dtype
-from recurra.nn._scan import ScanMixer
 
 
 def to_complex(x: Tensor) -> Tensor:
@@ -22,18 +23,15 @@ def to_real(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.view_as_real(x).flatten(-2).to(dtype)
 
 
-class ComplexScanMixer(ScanMixer):
-    """A mixer around ``linear_scan`` of N complex numbers with a gate (1, N) constant over time.
+def complex_scan(
+    ops: Any, a: Tensor, b: Tensor, h: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """``ops.linear_scan`` of N complex numbers whose state is (B, N, 2), real and imaginary parts,
+    since files of weights have no complex128."""
+    y, last = ops.linear_scan(a, b, torch.view_as_complex(h), **options)
+    return y, torch.view_as_real(last)
 
-    The state is (B, N, 2), real and imaginary parts, since files of weights have no complex128.
-    """
 
-    def _scan(
-        self, given: tuple[Tensor, Tensor], h: Tensor, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        a, b = given
-        y, last = self.ops.linear_scan(a[None], b, torch.view_as_complex(h), cu_seqlens=cu_seqlens)
-        return y, torch.view_as_real(last)
-
-    def _scan_step(self, given: tuple[Tensor, Tensor], h: Tensor) -> Tensor:
-        return self.ops.linear_scan_step(torch.view_as_complex(h), *given)
+def complex_step(ops: Any, a: Tensor, b: Tensor, h: Tensor, **options: Any) -> Tensor:
+    """One step of :func:`complex_scan`, which updates ``h``."""
+    return ops.linear_scan_step(torch.view_as_complex(h), a, b, **options)

@@ -26,6 +26,18 @@ def apply_step(layer: nn.Linear, x: Tensor) -> Tensor:
     return linear_step(x, layer.weight, layer.bias)
 
 
+def sequence_count(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many sequences ``x`` (B, T, ...) holds, and so how many rows their state has."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def empty_softmax_state(like: Tensor, batch: int, N: int) -> Tensor:
+    """A state of ``softmax_scan`` that has seen nothing, (B, 3, N), for parameters like these."""
+    state = like.new_zeros(batch, 3, N, dtype=state_dtype(like.dtype))
+    state[:, 0] = -1e38  # the maximum of no scores, -infinity, but a number
+    return state
+
+
 def channels(name: str, expand: float, d_model: int) -> int:
     """Channels inside a mixer, ``expand * d_model``."""
     inside = int(expand * d_model)
@@ -95,8 +107,7 @@ class ScanMixer(nn.Module):
         Returns:
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
         """
-        count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        (h,) = state or self.initial_state(count)
+        (h,) = state or self.initial_state(sequence_count(x, cu_seqlens))
         given, kept = self._before(x, apply)
         y, h = self._scan(given, h, cu_seqlens)
         return self._after(y, kept, apply), ScanState(h)

@@ -8,12 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from recurra._check import state_dtype
 from recurra.nn._config import MixerConfig, check_fields
-from recurra.nn._scan import Apply, ScanMixer, ScanState
-
-# The maximum of a state that has seen nothing: -infinity, but a number.
-_EMPTY = -1e38
+from recurra.nn._scan import Apply, ScanMixer, ScanState, empty_softmax_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +72,7 @@ class Aaren(ScanMixer):
     def initial_state(self, batch: int) -> ScanState:
         """The state that has seen nothing, for ``batch`` sequences, (B, 3, d_model): see
         :func:`recurra.softmax_scan`."""
-        shape, dtype = (batch, 3, self.query.numel()), state_dtype(self.query.dtype)
-        h = self.query.new_zeros(shape, dtype=dtype)
-        h[:, 0] = _EMPTY
-        return ScanState(h)
+        return ScanState(empty_softmax_state(self.query, batch, self.query.numel()))
 
     def _before(self, x: Tensor, linear: Apply) -> tuple[tuple[Tensor, Tensor], None]:
         k, v = linear(self.in_proj, x).chunk(2, dim=-1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recurra._check import check_offsets, state_dtype
 from recurra.nn._config import MixerConfig, check_fields
 from recurra.nn._positions import positions
-from recurra.ops.linear_step import linear_step
+from recurra.nn._scan import apply_step
 
 # Queries that are compared with their keys at once: memory is theirs, not the square of T.
 _BLOCK = 128
@@ -226,7 +226,7 @@ class Attention(nn.Module):
     def step(self, x: Tensor, state: AttentionState) -> Tensor:
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
         layers = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = self._heads(*(linear_step(x, m.weight, m.bias) for m in layers), state.seen)
+        q, k, v = self._heads(*(apply_step(m, x) for m in layers), state.seen)
         W, rows = self.config.window, torch.arange(len(x), device=x.device)
         state.k[rows, state.seen % W] = k
         state.v[rows, state.seen % W] = v
@@ -236,4 +236,4 @@ class Attention(nn.Module):
         mask = torch.arange(count, device=x.device) <= state.seen[:, None]
         y = self._attend(q[:, None], state.k[:, :count], state.v[:, :count], mask[:, None])
         state.seen.add_(1)
-        return linear_step(y[:, 0], self.out_proj.weight, self.out_proj.bias)
+        return apply_step(self.out_proj, y[:, 0])

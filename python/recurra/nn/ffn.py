@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurra.nn._config import MixerConfig, check_fields
-from recurra.ops.linear_step import linear_step
+from recurra.nn._scan import apply_step
 
 _ACTIVATIONS = {
     "silu": F.silu,
@@ -95,8 +95,5 @@ class GLU(nn.Module):
     @torch.no_grad()
     def step(self, x: Tensor, state: None = None) -> Tensor:
         """(B, d_model) to the same."""
-
-        def linear(x: Tensor, layer: nn.Linear) -> Tensor:
-            return linear_step(x, layer.weight, layer.bias)
-
-        return linear(self.act(linear(x, self.gate_proj)) * linear(x, self.up_proj), self.out_proj)
+        gate = self.act(apply_step(self.gate_proj, x))
+        return apply_step(self.out_proj, gate * apply_step(self.up_proj, x))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurra._check import state_dtype
-from recurra.nn._complex import to_complex, to_real
+from recurra.nn._complex import complex_scan, complex_step, to_complex, to_real
 from recurra.nn._config import MixerConfig, check_eig_range, check_fields
 from recurra.nn._scan import Apply, ScanMixer, channels
 from recurra.nn.norm import RMSNorm
@@ -126,7 +126,7 @@ class HGRN(ScanMixer):
 
     def _gates(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """The gate, or its logarithm where it cannot be negative, and 1 less the gate."""
-        low, log_f = self.low, F.logsigmoid(f)
+        low = self.low
         if self.bounds is not None:
             module, index = self.bounds
             bound = module(index)
@@ -134,6 +134,7 @@ class HGRN(ScanMixer):
         rest = (1 - low) * torch.sigmoid(-f)
         if self.low < 0:
             return 1 - rest, rest
+        log_f = F.logsigmoid(f)
         if self.bounds is not None:
             # Each is exact where the other is not, close to 1 and to 0.
             small = torch.logaddexp(bound.log(), torch.log1p(-bound) + log_f)
@@ -155,12 +156,14 @@ class HGRN(ScanMixer):
     def _scan(
         self, given: tuple[Tensor, Tensor], h: Tensor, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        h = torch.view_as_complex(h) if self.complex else h
-        y, h = self.ops.linear_scan(*given, h, log_a=self.low == 0, cu_seqlens=cu_seqlens)
-        return y, torch.view_as_real(h) if self.complex else h
+        options = {"log_a": self.low == 0, "cu_seqlens": cu_seqlens}
+        if self.complex:
+            return complex_scan(self.ops, *given, h, **options)
+        return self.ops.linear_scan(*given, h, **options)
 
     def _scan_step(self, given: tuple[Tensor, Tensor], h: Tensor) -> Tensor:
-        h = torch.view_as_complex(h) if self.complex else h
+        if self.complex:
+            return complex_step(self.ops, *given, h, log_a=self.low == 0)
         return self.ops.linear_scan_step(h, *given, log_a=self.low == 0)
 
     def _after(self, h: Tensor, g: Tensor, linear: Apply) -> Tensor:

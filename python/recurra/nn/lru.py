@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurra._check import state_dtype
-from recurra.nn._complex import ComplexScanMixer, to_complex, to_real
+from recurra.nn._complex import complex_scan, complex_step, to_complex, to_real
 from recurra.nn._config import MixerConfig, check_fields
-from recurra.nn._scan import Apply, channels
+from recurra.nn._scan import Apply, ScanMixer, channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class LRUConfig(MixerConfig):
         return LRU(d_model, self)
 
 
-class LRU(ComplexScanMixer):
+class LRU(ScanMixer):
     r"""Linear recurrent unit, Orvieto et al., "Resurrecting recurrent neural networks for long
     sequences" (2023), sections 3.3 and 3.4 and its block.
 
@@ -112,6 +112,15 @@ class LRU(ComplexScanMixer):
     def _before(self, x: Tensor, linear: Apply) -> tuple[tuple[Tensor, Tensor], Tensor]:
         gamma = self.gamma_log.to(state_dtype(self.gamma_log.dtype)).exp()
         return (self.eigenvalues()[None], to_complex(linear(self.in_proj, x)) * gamma), x
+
+    def _scan(
+        self, given: tuple[Tensor, Tensor], h: Tensor, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        a, b = given
+        return complex_scan(self.ops, a[None], b, h, cu_seqlens=cu_seqlens)
+
+    def _scan_step(self, given: tuple[Tensor, Tensor], h: Tensor) -> Tensor:
+        return complex_step(self.ops, *given, h)
 
     def _after(self, h: Tensor, x: Tensor, linear: Apply) -> Tensor:
         y = linear(self.state_proj, to_real(h, x.dtype)) + self.D * x

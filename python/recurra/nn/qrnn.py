@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from recurra import ops
 from recurra._check import state_dtype
 from recurra.nn._config import MixerConfig, check_eig_range, check_fields
-from recurra.nn._scan import channels
-from recurra.ops.linear_step import linear_step
+from recurra.nn._scan import apply_step, channels, sequence_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +134,7 @@ class QRNN(nn.Module):
         Returns:
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
         """
-        count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        conv, c = state or self.initial_state(count)
+        conv, c = state or self.initial_state(sequence_count(x, cu_seqlens))
         seen, conv = windows(x, conv, cu_seqlens)
         a, b, o = self._gates(self.in_proj(seen))
         y, c = self.ops.linear_scan(a, b, c, cu_seqlens=cu_seqlens)
@@ -147,6 +145,6 @@ class QRNN(nn.Module):
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
         seen, conv = windows(x[:, None], state.conv)
         state.conv.copy_(conv)
-        a, b, o = self._gates(linear_step(seen[:, 0], self.in_proj.weight, self.in_proj.bias))
+        a, b, o = self._gates(apply_step(self.in_proj, seen[:, 0]))
         y = self.ops.linear_scan_step(state.c, a, b)
-        return linear_step(o * y, self.out_proj.weight)
+        return apply_step(self.out_proj, o * y)

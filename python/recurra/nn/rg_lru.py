@@ -13,7 +13,7 @@ from recurra import ops
 from recurra._check import state_dtype
 from recurra.nn._config import MixerConfig, check_fields
 from recurra.nn._positions import positions
-from recurra.ops.linear_step import linear_step
+from recurra.nn._scan import apply_step, sequence_count
 
 _C = 8.0  # of equation 6
 _MAX_SQRT_GRADIENT = 1000.0
@@ -166,8 +166,7 @@ class RGLRU(nn.Module):
         Returns:
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
         """
-        count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        conv, h, seen = state or self.initial_state(count)
+        conv, h, seen = state or self.initial_state(sequence_count(x, cu_seqlens))
         weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
         u, conv = self.ops.causal_conv1d(
             self.linear_x(x), weight, bias, conv, cu_seqlens=cu_seqlens
@@ -183,13 +182,13 @@ class RGLRU(nn.Module):
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
         u = self.ops.causal_conv1d_step(
             state.conv,
-            linear_step(x, self.linear_x.weight, self.linear_x.bias),
+            apply_step(self.linear_x, x),
             self.conv1d.weight[:, 0],
             self.conv1d.bias,
         )
         log_a, b = self._gates(u, state.seen == 0)
         y = self.ops.linear_scan_step(state.h, log_a, b, log_a=True)
         state.seen.add_(1)
-        gate = linear_step(x, self.linear_y.weight, self.linear_y.bias)
+        gate = apply_step(self.linear_y, x)
         y = y.to(gate.dtype) * F.gelu(gate, approximate="tanh")
-        return linear_step(y, self.out_proj.weight, self.out_proj.bias)
+        return apply_step(self.out_proj, y)

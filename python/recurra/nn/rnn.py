@@ -15,7 +15,7 @@ from recurra import ops
 from recurra._check import state_dtype
 from recurra._files import shown
 from recurra.nn._config import MixerConfig, check_eig_range, check_fields
-from recurra.ops.linear_step import linear_step
+from recurra.nn._scan import apply_step, sequence_count
 from recurra.ops.rnn import cells
 
 
@@ -158,8 +158,7 @@ class RNN(nn.Module):
         Returns:
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
         """
-        count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        conv, h = state or self.initial_state(count)
+        conv, h = state or self.initial_state(sequence_count(x, cu_seqlens))
         u, *gate = self.in_proj(x).chunk(1 + self.gate, dim=-1)
         if self.conv1d is not None:
             weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
@@ -175,15 +174,15 @@ class RNN(nn.Module):
 
     def step(self, x: Tensor, state: RNNState) -> Tensor:
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
-        u, *gate = linear_step(x, self.in_proj.weight).chunk(1 + self.gate, dim=-1)
+        u, *gate = apply_step(self.in_proj, x).chunk(1 + self.gate, dim=-1)
         if self.conv1d is not None:
             weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
             u = self.ops.causal_conv1d_step(state.conv, u, weight, bias, activation="silu")
-        rows = self._rows(linear_step(u, self.cell_proj.weight, self.cell_proj.bias))
+        rows = self._rows(apply_step(self.cell_proj, u))
         y = self.ops.rnn_step(state.h, rows, self.recurrent, cell=self.cell)
         for z in gate:
             y = y * F.silu(z)
-        return linear_step(y, self.out_proj.weight)
+        return apply_step(self.out_proj, y)
 
 
 # Initialisation -----------------------------------------------------------------------------------

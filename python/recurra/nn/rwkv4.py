@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from recurra import ops
 from recurra._check import state_dtype
 from recurra.nn._config import MixerConfig, check_fields
-from recurra.ops.linear_step import linear_step
-
-# The maximum of a WKV state that has seen nothing: -infinity, but a number.
-_EMPTY = -1e38
+from recurra.nn._scan import Apply, apply, apply_step, empty_softmax_state, sequence_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +104,11 @@ def token_shift(x: Tensor, last: Tensor, cu_seqlens: Tensor | None) -> tuple[Ten
     return both[before][None], both[after].to(last.dtype)
 
 
+def mixed(x: Tensor, before: Tensor, ratio: Tensor) -> Tensor:
+    """Each input, (..., d_model), with the one before it, by a ratio (1, 1, d_model)."""
+    return torch.lerp(before, x, ratio[0, 0])
+
+
 def _fill_ratios(mix: Tensor, power: float, plus: float = 0.0) -> None:
     channels = torch.arange(mix.shape[-1], dtype=torch.float64) / mix.shape[-1]
     mix.copy_(channels**power + plus)
@@ -167,10 +169,15 @@ class RWKV4(nn.Module):
     def initial_state(self, batch: int) -> RWKV4State:
         """The state before the first input of ``batch`` sequences: zeros, and a scan that has seen
         nothing."""
-        like, dtype = self.time_decay.new_zeros, state_dtype(self.time_decay.dtype)
-        wkv = like(batch, 3, self.time_decay.shape[0], dtype=dtype)
-        wkv[:, 0] = _EMPTY
-        return RWKV4State(like(batch, self.key.in_features, dtype=dtype), wkv)
+        wkv = empty_softmax_state(self.time_decay, batch, self.time_decay.shape[0])
+        return RWKV4State(wkv.new_zeros(batch, self.key.in_features), wkv)
+
+    def _inputs(self, x: Tensor, before: Tensor, linear: Apply) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and what they are received by."""
+        k = linear(self.key, mixed(x, before, self.time_mix_key))
+        v = linear(self.value, mixed(x, before, self.time_mix_value))
+        r = linear(self.receptance, mixed(x, before, self.time_mix_receptance))
+        return k, v, torch.sigmoid(r)
 
     def _decay(self) -> Tensor:
         return self.time_decay.to(state_dtype(self.time_decay.dtype)).exp()
@@ -189,27 +196,21 @@ class RWKV4(nn.Module):
         Returns:
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
         """
-        count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        shift, wkv = state or self.initial_state(count)
+        shift, wkv = state or self.initial_state(sequence_count(x, cu_seqlens))
         before, shift = token_shift(x, shift, cu_seqlens)
-        k = self.key(torch.lerp(before, x, self.time_mix_key))
-        v = self.value(torch.lerp(before, x, self.time_mix_value))
-        r = self.receptance(torch.lerp(before, x, self.time_mix_receptance))
+        k, v, r = self._inputs(x, before, apply)
         y, wkv = self.ops.softmax_scan(
             k, v, wkv, decay=self._decay(), bonus=self.time_first, cu_seqlens=cu_seqlens
         )
-        return self.out_proj(torch.sigmoid(r) * y), RWKV4State(shift, wkv)
+        return self.out_proj(r * y), RWKV4State(shift, wkv)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: RWKV4State) -> Tensor:
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
-        before = state.shift.to(x.dtype)
-        k = linear_step(torch.lerp(before, x, self.time_mix_key[0]), self.key.weight)
-        v = linear_step(torch.lerp(before, x, self.time_mix_value[0]), self.value.weight)
-        r = linear_step(torch.lerp(before, x, self.time_mix_receptance[0]), self.receptance.weight)
+        k, v, r = self._inputs(x, state.shift.to(x.dtype), apply_step)
         state.shift.copy_(x)
         y = self.ops.softmax_scan_step(state.wkv, k, v, decay=self._decay(), bonus=self.time_first)
-        return linear_step(torch.sigmoid(r) * y, self.out_proj.weight)
+        return apply_step(self.out_proj, r * y)
 
 
 class RWKV4Channel(nn.Module):
@@ -259,22 +260,22 @@ class RWKV4Channel(nn.Module):
         mix = self.time_mix_key
         return RWKV4ChannelState(mix.new_zeros(batch, mix.shape[-1], dtype=state_dtype(mix.dtype)))
 
+    def _channels(self, x: Tensor, before: Tensor, linear: Apply) -> Tensor:
+        k = linear(self.key, mixed(x, before, self.time_mix_key))
+        r = linear(self.receptance, mixed(x, before, self.time_mix_receptance))
+        return torch.sigmoid(r) * linear(self.out_proj, torch.relu_(k).square())
+
     def forward(
         self, x: Tensor, state: RWKV4ChannelState | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, RWKV4ChannelState]:
         """(B, T, d_model) to the same; arguments and results as those of :class:`RWKV4`."""
-        count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        (shift,) = state or self.initial_state(count)
+        (shift,) = state or self.initial_state(sequence_count(x, cu_seqlens))
         before, shift = token_shift(x, shift, cu_seqlens)
-        k = self.key(torch.lerp(before, x, self.time_mix_key))
-        r = self.receptance(torch.lerp(before, x, self.time_mix_receptance))
-        return torch.sigmoid(r) * self.out_proj(torch.relu_(k).square()), RWKV4ChannelState(shift)
+        return self._channels(x, before, apply), RWKV4ChannelState(shift)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: RWKV4ChannelState) -> Tensor:
         """(B, d_model) to the same; updates ``state`` in place."""
-        before = state.shift.to(x.dtype)
-        k = linear_step(torch.lerp(before, x, self.time_mix_key[0]), self.key.weight)
-        r = linear_step(torch.lerp(before, x, self.time_mix_receptance[0]), self.receptance.weight)
+        y = self._channels(x, state.shift.to(x.dtype), apply_step)
         state.shift.copy_(x)
-        return torch.sigmoid(r) * linear_step(torch.relu_(k).square(), self.out_proj.weight)
+        return y

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recurra._check import state_dtype
-from recurra.nn._complex import to_complex, to_real
+from recurra.nn._complex import complex_scan, complex_step, to_complex, to_real
 from recurra.nn._config import MixerConfig, check_fields
 from recurra.nn._scan import Apply, ScanMixer
 
@@ -126,6 +126,17 @@ def exp_and_phi(z: Tensor) -> tuple[Tensor, Tensor]:
     return e, torch.complex(real, e.imag)
 
 
+def zero_order_hold(
+    dt: Tensor, A_real_log: Tensor, A_imag: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z = dt A, exp(z) and (exp(z) - 1) / A, what the input is multiplied by, of a diagonal A whose
+    real part is negative."""
+    A = torch.complex(-A_real_log.exp(), A_imag)
+    z = dt * A
+    a, less = exp_and_phi(z)
+    return z, a, less / A
+
+
 def hippo_legs(N: int) -> tuple[Tensor, Tensor]:
     """A (N, N) and B (N,) of HiPPO-LegS, which keep the Legendre coefficients of all that was:
     Gu et al., "HiPPO: recurrent memory with optimal polynomial projections" (2020), theorem 2."""
@@ -212,18 +223,22 @@ class S4D(StateSpace):
     def _system(self) -> tuple[Tensor, Tensor, Tensor]:
         """dt A, exp(dt A), and C times what the input is multiplied by; all (D, N/2)."""
         log_dt, real, imag, C = self._wide("log_dt", "A_real_log", "A_imag", "C")
-        A = torch.complex(-real.exp(), imag)
-        z = log_dt.exp()[:, None] * A
-        a, less = exp_and_phi(z)
-        return z, a, torch.view_as_complex(C) * less / A
+        z, a, b = zero_order_hold(log_dt.exp()[:, None], real, imag)
+        return z, a, torch.view_as_complex(C) * b
+
+    def _spread(self, u: Tensor, a: Tensor) -> Tensor:
+        """The input of every state of its channel, in one row."""
+        return u[..., None].expand(*u.shape, a.shape[1]).flatten(-2).to(a.dtype)
+
+    def _read(self, y: Tensor, c: Tensor) -> Tensor:
+        """What each channel makes of its states."""
+        return 2 * (y.unflatten(-1, c.shape) * c).real.sum(-1)
 
     def _recurrence(self, u: Tensor, h: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         _, a, c = self._system()
-        b = u[..., None].expand(*u.shape, a.shape[1]).flatten(-2).to(a.dtype)
-        y, h = self.ops.linear_scan(
-            a.view(1, 1, -1), b, torch.view_as_complex(h), cu_seqlens=cu_seqlens
-        )
-        return 2 * (y.unflatten(-1, a.shape) * c).real.sum(-1), torch.view_as_real(h)
+        b = self._spread(u, a)
+        y, h = complex_scan(self.ops, a.view(1, 1, -1), b, h, cu_seqlens=cu_seqlens)
+        return self._read(y, c), h
 
     def _convolution(self, u: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         z, a, c = self._system()
@@ -236,9 +251,7 @@ class S4D(StateSpace):
 
     def _scan_step(self, u: Tensor, h: Tensor) -> Tensor:
         _, a, c = self._system()
-        b = u[..., None].expand(*u.shape, a.shape[1]).flatten(-2).to(a.dtype)
-        y = self.ops.linear_scan_step(torch.view_as_complex(h), a.view(1, -1), b)
-        return 2 * (y.unflatten(-1, a.shape) * c).real.sum(-1)
+        return self._read(complex_step(self.ops, a.view(1, -1), self._spread(u, a), h), c)
 
 
 class S5(StateSpace):
@@ -277,20 +290,14 @@ class S5(StateSpace):
     def _system(self) -> tuple[Tensor, Tensor, Tensor]:
         """dt Lambda, exp(dt Lambda), and what B u is multiplied by; all (N/2,)."""
         log_dt, real, imag = self._wide("log_dt", "A_real_log", "A_imag")
-        A = torch.complex(-real.exp(), imag)
-        z = log_dt.exp() * A
-        a, less = exp_and_phi(z)
-        return z, a, less / A
+        return zero_order_hold(log_dt.exp(), real, imag)
 
     def _before(self, x: Tensor, linear: Apply) -> tuple[Tensor, Tensor]:
         return to_complex(linear(self.in_proj, x)), x
 
     def _recurrence(self, u: Tensor, h: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         _, a, b = self._system()
-        y, h = self.ops.linear_scan(
-            a[None, None], b * u, torch.view_as_complex(h), cu_seqlens=cu_seqlens
-        )
-        return y, torch.view_as_real(h)
+        return complex_scan(self.ops, a[None, None], b * u, h, cu_seqlens=cu_seqlens)
 
     def _convolution(self, u: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         z, a, b = self._system()
@@ -303,7 +310,7 @@ class S5(StateSpace):
 
     def _scan_step(self, u: Tensor, h: Tensor) -> Tensor:
         _, a, b = self._system()
-        return self.ops.linear_scan_step(torch.view_as_complex(h), a[None], b * u)
+        return complex_step(self.ops, a[None], b * u, h)
 
     def _after(self, h: Tensor, x: Tensor, linear: Apply) -> Tensor:
         return super()._after(2 * linear(self.state_proj, to_real(h, x.dtype)), x, linear)

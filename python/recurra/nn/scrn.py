@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from recurra import ops
 from recurra._check import state_dtype
 from recurra.nn._config import MixerConfig, check_fields
-from recurra.nn._scan import Apply, apply, apply_step, channels
+from recurra.nn._scan import Apply, apply, apply_step, channels, sequence_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +119,7 @@ class SCRN(nn.Module):
         Returns:
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
         """
-        count = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        s, h = state or self.initial_state(count)
+        s, h = state or self.initial_state(sequence_count(x, cu_seqlens))
         a, b, x = self._inputs(x, apply)
         slow, s = self.ops.linear_scan(a, b, s, cu_seqlens=cu_seqlens)
         x = (x + self.context_proj(slow))[:, :, None]
