@@ -176,13 +176,10 @@ void backward(const LinearScanBackward& args) {
   const bool whole = (over_time || (!reduced && in_place(args.da))) && in_place(args.h) &&
                      in_place(args.db) && (!args.dh || in_place(args.dh));
   const bool stream = streams(args.db);
-  // Sequences that add into the same sums are walked by one task, in order.
-  const bool shared = reduced && args.sequences.count > 1 && !args.constant() &&
-                      !args.sequences.offsets && args.a.size[0] == 1;
-  const int64_t owned = shared ? args.sequences.count : 1;
-  const Cut shape = cut(args.h, shared ? 1 : args.sequences.count, whole);
+  const int64_t owned = args.owned();
+  const Cut shape = cut(args.h, owned > 1 ? 1 : args.sequences.count, whole);
   const int64_t width = 2 * shape.channels;
-  const int64_t tasks = args.sequences.count / (owned ? owned : 1) * shape.blocks;
+  const int64_t tasks = args.sequences.count / owned * shape.blocks;
   const bool back = !args.reverse;  // the walk is against the scan
   const bool serial = args.h.size[0] * args.h.size[1] * channels < kSerialBelow;
   parallel_unless(serial, tasks, [&](int64_t task) {
@@ -197,8 +194,7 @@ void backward(const LinearScanBackward& args) {
                   dh = plane(args.dh, s, back, c0);
       Plane sums;
       if (reduced)
-        sums = (args.constant() ? plane(args.partial, {n, 0, 1}, back, 0)
-                                : plane(args.partial, s, back, 0))
+        sums = plane(args.partial, args.sums_of(n), back, 0)
                    .at(0, args.a.size[2] == 1 ? c0 / kLanes : c0);
       Output<T> da(plane(args.da, s, back, c0), nc, width, stream);
       Output<T> db(plane(args.db, s, back, c0), nc, width, stream);

@@ -35,6 +35,16 @@ struct LinearScanBackward {
 
   // Whether one `a` serves all sequences at all times.
   RECURRA_EVERYWHERE bool constant() const { return a.size[0] == 1 && a.size[1] == 1; }
+  // Where the partial sums of a sequence are.
+  RECURRA_EVERYWHERE Sequence sums_of(int64_t n) const {
+    return constant() ? Sequence{n, 0, 1} : sequences[n];
+  }
+  // Sequences that a task walks in order: all that add into the same sums.
+  RECURRA_EVERYWHERE int64_t owned() const {
+    const bool shared =
+        partial && sequences.count > 1 && !constant() && !sequences.offsets && a.size[0] == 1;
+    return shared ? sequences.count : 1;
+  }
 };
 
 struct LinearScanStep {

@@ -218,11 +218,8 @@ void backward(const LinearScanBackward& args) {
                      !by_row(args.da) || !by_row(args.db) || (args.dh && !by_row(args.dh));
   const Cut shape = cut(args.h, args.sequences.count, tiled);
   const bool stream = streams(args.db);
-  // Sequences that add into the same sums are walked by one task, in order.
-  const bool shared = reduced && args.sequences.count > 1 && !args.constant() &&
-                      !args.sequences.offsets && args.a.size[0] == 1;
-  const int64_t owned = shared ? args.sequences.count : 1;
-  const int64_t tasks = args.sequences.count / (owned ? owned : 1) * shape.blocks;
+  const int64_t owned = args.owned();
+  const int64_t tasks = args.sequences.count / owned * shape.blocks;
   const bool back = !args.reverse;  // the walk is against the scan
   const bool serial = args.h.size[0] * args.h.size[1] * channels < kSerialBelow;
   parallel_unless(serial, tasks, [&](int64_t task) {
@@ -238,8 +235,7 @@ void backward(const LinearScanBackward& args) {
       Plane sums;
       if (reduced) {
         const bool over_channels = args.a.size[2] == 1;
-        sums = args.constant() ? plane(args.partial, {n, 0, 1}, back, 0)
-                               : plane(args.partial, s, back, 0);
+        sums = plane(args.partial, args.sums_of(n), back, 0);
         sums = sums.at(0, over_channels ? c0 / kLanes : c0);
       }
       load_row<T>(plane(args.dh_last, n, c0), nc, carry, shape.width);
