@@ -1,18 +1,73 @@
 #!/usr/bin/env bash
-# What to run where there is an NVIDIA GPU and nvcc: a build for that GPU, the tests, which then use
-# it as well as the CPU, and the bench. Takes a torch with CUDA, several gigabytes the first time.
-export RECURRA_VENV="${RECURRA_VENV:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv-gpu}"
-export RECURRA_TORCH="${RECURRA_TORCH:-torch>=2.11}"
-. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+# What to run where there is an NVIDIA GPU, nvcc and a torch with CUDA: builds for that GPU with what
+# the machine has, without network or virtual environment, runs the op table on it, the functions of
+# csrc/math on every sixteenth float, each kernel once or twice under compute-sanitizer, and the
+# bench, within nine minutes. The table and its JSON file go to build/gpu/results, or to the folder
+# named by OUT. It needs cmake, pytest and numpy.
+# Arguments go to pytest.
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$ROOT"
+PYTHON="${PYTHON:-python3}"
+BUILD="$ROOT/build/gpu"
+SITE="$BUILD/site"
+OUT="${OUT:-$BUILD/results}"
+mkdir -p "$BUILD" "$OUT"
+say() { printf '== %s (%d s)\n' "$*" "$SECONDS"; }
+die() {
+  printf 'ci/gpu.sh: %s\n' "$*" >&2
+  exit 1
+}
 
-command -v nvcc > /dev/null || die "nvcc is not on the PATH"
-setup_environment
-python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
-  || die "torch $(python -c 'import torch; print(torch.__version__)') finds no GPU"
-arch="$(python -c 'import torch; print("%d%d-real" % torch.cuda.get_device_capability())')"
-say "$(python -c 'import torch; print(torch.cuda.get_device_name())'), sm_$arch"
-install_package test -C "cmake.define.RECURRA_CUDA_ARCHITECTURES=$arch"
-recurra info
-python -m pytest "$@"
-say "bench"
-recurra bench
+for tool in nvcc cmake "$PYTHON"; do
+  command -v "$tool" > /dev/null || die "$tool is not on the PATH"
+done
+"$PYTHON" -c 'import torch, pytest, numpy' || die "$PYTHON lacks a package, see above"
+"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+  echo "ci/gpu.sh: skipped: torch $("$PYTHON" -c 'import torch; print(torch.__version__)') finds no GPU"
+  exit 0
+}
+arch="$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')"
+say "$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name())'), sm_$arch"
+
+generator=()
+if command -v ninja > /dev/null; then generator=(-G Ninja); fi
+cmake -S . -B "$BUILD/package" "${generator[@]}" -DRECURRA_CUDA_ARCHITECTURES="$arch-real" \
+  -DRECURRA_PYBIND=OFF -DPython_EXECUTABLE="$(command -v "$PYTHON")" > "$BUILD/cmake.log" \
+  || die "cmake failed: $(tail -n 20 "$BUILD/cmake.log")"
+cmake --build "$BUILD/package" --parallel "$(nproc)" > "$BUILD/build.log" \
+  || die "the build failed: $(tail -n 40 "$BUILD/build.log")"
+rm -rf "$SITE"
+mkdir -p "$SITE"
+cp -r python/recurra "$SITE/"
+cmake --install "$BUILD/package" --prefix "$SITE/recurra" > "$BUILD/install.log"
+export PYTHONPATH="$SITE" PYTHONUNBUFFERED=1
+"$PYTHON" -m recurra info
+
+# Everything runs, whatever fails before it.
+failed=0
+part() { # part SECONDS WHAT COMMAND...
+  local limit="$1" what="$2"
+  shift 2
+  say "$what"
+  timeout "$limit" "$@" || { echo "ci/gpu.sh: $what failed" >&2 && failed=1; }
+}
+on_gpu=(tests/test_cuda.py tests/test_cuda_library.py tests/test_ops.py tests/test_rtrl.py tests/test_serving.py)
+part 150 "tests" "$PYTHON" -m pytest -q "${on_gpu[@]}" -m gpu "$@"
+# By the compiler itself: a build of tests/cpp would take the CPU's kernels along. ci/nightly.sh has
+# every float, which is minutes of the CPU.
+part 90 "functions" bash -c 'nvcc -std=c++20 -O3 --fmad=false -arch="sm_$0" \
+  -Xcompiler=-ffp-contract=off,-pthread -DRECURRA_ISA=cuda -Icsrc -o "$1" \
+  tests/cpp/test_math_cuda.cu && "$1" --one-in 16' "$arch" "$BUILD/test_math_cuda"
+if command -v compute-sanitizer > /dev/null; then
+  for tool in memcheck racecheck; do
+    part 40 "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      "$PYTHON" -m pytest -q tests/test_cuda.py -k test_two_shapes
+  done
+else
+  say "compute-sanitizer is not installed: left out"
+fi
+part 120 "bench" bash -c '"$0" -m recurra bench --device cuda --json "$1/bench.json" \
+  | tee "$1/bench.txt"; exit "${PIPESTATUS[0]}"' "$PYTHON" "$OUT"
+say "done, results in $OUT"
+exit "$failed"

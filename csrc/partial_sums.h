@@ -37,22 +37,21 @@ void accumulate(const View<3>& a, const Plane& to, int64_t steps, int64_t channe
 // element, 2 of a complex one.
 template <class T, int parts = 1>
 void write_sums(const View<3>& partial, const View<3>& da) {
-  const int64_t rows = da.size[2] ? da.size[0] * da.size[1] : 0;
-  const int64_t apart = rows ? partial.size[0] / da.size[0] : 0;
-  const int64_t blocks = rows ? partial.size[2] / da.size[2] : 0;
+  const int64_t steps = da.size[1], channels = da.size[2], count = da.size[0] * steps * channels;
+  const int64_t apart = count ? partial.size[0] / da.size[0] : 0;
+  const int64_t blocks = count ? partial.size[2] / channels : 0;
+  constexpr int64_t kSums = 1024;  // of a task
   constexpr DType part = kDType<T>;
-  parallel((rows + 255) / 256, [&](int64_t task) {
-    for (int64_t row = task * 256; row < rows && row < task * 256 + 256; ++row) {
-      const int64_t b = row / da.size[1], t = row % da.size[1];
-      for (int64_t d = 0; d < da.size[2]; ++d)
-        for (int i = 0; i < parts; ++i) {
-          T total = T(0);
-          for (int64_t n = 0; n < apart; ++n)
-            for (int64_t k = 0; k < blocks; ++k)
-              total += reinterpret_cast<const T*>(partial.at(b * apart + n, t, d * blocks + k))[i];
-          store_element<T>(da.at(b, t, d) + i * item_size(part), parts == 1 ? da.dtype : part,
-                           total);
-        }
+  parallel((count + kSums - 1) / kSums, [&](int64_t task) {
+    for (int64_t i = task * kSums; i < count && i < (task + 1) * kSums; ++i) {
+      const int64_t b = i / channels / steps, t = i / channels % steps, d = i % channels;
+      for (int p = 0; p < parts; ++p) {
+        T total = T(0);
+        for (int64_t n = 0; n < apart; ++n)
+          for (int64_t k = 0; k < blocks; ++k)
+            total += reinterpret_cast<const T*>(partial.at(b * apart + n, t, d * blocks + k))[p];
+        store_element<T>(da.at(b, t, d) + p * item_size(part), parts == 1 ? da.dtype : part, total);
+      }
     }
   });
 }

@@ -28,6 +28,28 @@ def test_loads_on_this_torch():
     subprocess.run([sys.executable, "-c", program, str(LIBRARY)], check=True, timeout=120)
 
 
+def test_without_the_library_cuda_tensors_are_told_why():
+    """In a process of its own, whose ops are given to the CUDA key by hand."""
+    program = (
+        "import recurra, torch\n"
+        "from recurra import _library\n"
+        "if 'cuda' not in _library._loaded:\n"
+        "    kept = _library.refuse_on_cuda()\n"
+        "    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)\n"
+        "    a = torch.rand(2, 5, 3)\n"
+        "    try:\n"
+        "        torch.ops.recurra.linear_scan.default.redispatch(cuda, a, a)\n"
+        "    except RuntimeError as error:\n"
+        "        told = 'linear_scan: the tensors are on a CUDA device, but the CUDA library is'\n"
+        "        assert told in str(error), error\n"
+        "    else:\n"
+        "        raise AssertionError('no error')\n"
+        "    assert torch.equal(recurra.linear_scan(a, a)[0][:, 0], a[:, 0])\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("log_a", [False, True])

@@ -10,6 +10,8 @@
 //   g_t = dh_t + A_{t+1}^T g_{t+1},  g_T has dh_last added
 //   db_t = g_t,  dA_t = g_t h_{t-1}^T,  dh_0 = A_1^T g_1
 #pragma once
+#include "cuda/indices.h"
+#include "cuda/stream.h"
 #include "simd/isa.h"
 #include "view.h"
 
@@ -60,3 +62,15 @@ struct BlockScanBackward {
 
 RECURRA_KERNEL(block_scan, BlockScan)
 RECURRA_KERNEL(block_scan_backward, BlockScanBackward)
+
+namespace recurra::cuda {
+// On the device: neither sequences nor slots are in the arguments but in cu_seqlens and slots
+// there, null views for none.
+void block_scan(const BlockScan& args, const Indices& cu_seqlens, const Indices& slots,
+                const Stream& stream);
+// `partial` of the arguments is of the CPU alone, `scratch` has that many numbers of the compute
+// type.
+int64_t block_scan_backward_scratch(const BlockScanBackward& args);
+void block_scan_backward(const BlockScanBackward& args, const Indices& cu_seqlens, void* scratch,
+                         const Stream& stream);
+}  // namespace recurra::cuda

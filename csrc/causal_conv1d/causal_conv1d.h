@@ -8,6 +8,8 @@
 #pragma once
 #include <vector>
 
+#include "cuda/indices.h"
+#include "cuda/stream.h"
 #include "simd/isa.h"
 #include "view.h"
 
@@ -82,3 +84,13 @@ struct CausalConv1dStep {
 RECURRA_KERNEL(causal_conv1d, CausalConv1d)
 RECURRA_KERNEL(causal_conv1d_backward, CausalConv1dBackward)
 RECURRA_KERNEL(causal_conv1d_step, CausalConv1dStep)
+
+namespace recurra::cuda {
+// On the device: cu_seqlens and slots are there, null views for none, and there are no spans.
+void causal_conv1d(const CausalConv1d& args, const Indices& cu_seqlens, const Stream& stream);
+void causal_conv1d_step(const CausalConv1dStep& args, const Indices& slots, const Stream& stream);
+void causal_conv1d_backward(const CausalConv1dBackward& args, const Indices& cu_seqlens,
+                            const Stream& stream);
+// Their number there, by shape alone, which `partial` has room for.
+int64_t causal_conv1d_spans(int64_t batch, int64_t time, bool cu_seqlens);
+}  // namespace recurra::cuda

@@ -1,5 +1,7 @@
 // Every cell of the library. A new one is a header beside this one and a name in the list below.
+// A program of recurra.jit has one cell, its own, which RECURRA_CELL names.
 #pragma once
+#if !defined(RECURRA_CELL)
 #include "cells/elstm.h"
 #include "cells/indrnn.h"
 #include "cells/janet.h"
@@ -14,6 +16,7 @@
 #include "cells/sru.h"
 #include "cells/tanh.h"
 #include "cells/unicornn.h"
+#endif
 
 namespace recurra::RECURRA_ISA {
 
@@ -22,8 +25,12 @@ struct CellList {
   static constexpr int size = sizeof...(Cell);
 };
 
+#if defined(RECURRA_CELL)
+using Cells = CellList<RECURRA_CELL>;
+#else
 using Cells = CellList<ELstm, IndRnn, Janet, Lem, Mgu, MinGru, MinLstm, ParaGru, ParaLstm,
                        PeepholeLstm, SLstm, Sru, Tanh, UniCornn>;
+#endif
 
 constexpr bool same_name(const char* a, const char* b) {
   while (*a && *a == *b) ++a, ++b;

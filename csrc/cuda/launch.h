@@ -1,12 +1,14 @@
 // How CUDA sources start kernels. Everything goes through RECURRA_LAUNCH, so that the same sources
 // also compile as plain C++, with tests/cpp/cuda_emulator.h in the place of the CUDA runtime, and
-// their logic is tested where there is no GPU.
+// their logic is tested where there is no GPU. Under NVRTC there is nothing to start them with:
+// recurra.jit does that.
 #pragma once
-#include <cstdint>
+#include "cuda/stream.h"
+#include "integers.h"
+
+#if !defined(__CUDACC_RTC__)
 #include <stdexcept>
 #include <string>
-
-#include "cuda/stream.h"
 
 #if defined(RECURRA_CUDA_EMULATOR)
 #include "cuda_emulator.h"
@@ -17,8 +19,13 @@
 namespace recurra::cuda {
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("recurra: ") + what + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  std::string text = std::string("recurra: ") + what + ": " + cudaGetErrorString(error);
+  if (error == cudaErrorNoKernelImageForDevice)
+    text +=
+        "; this build has no code for that GPU: install a wheel, or build for it with "
+        "-C cmake.define.RECURRA_CUDA_ARCHITECTURES=native";
+  throw std::runtime_error(text);
 }
 
 // Makes a device the current one of this thread, as long as it lives.
@@ -36,6 +43,11 @@ class DeviceGuard {
   int before_ = 0;
 };
 
+}  // namespace recurra::cuda
+#endif
+
+namespace recurra::cuda {
+
 // Blocks for `items` threads; the kernel walks the rest of a very large number in a loop.
 inline unsigned blocks_for(int64_t items, int64_t threads) {
   const int64_t blocks = (items + threads - 1) / threads;
@@ -52,9 +64,13 @@ inline unsigned blocks_for(int64_t items, int64_t threads) {
 #define RECURRA_START(KERNEL, BLOCKS, THREADS, STREAM, ...) \
   KERNEL<<<BLOCKS, THREADS, 0, static_cast<cudaStream_t>((STREAM).handle)>>>(__VA_ARGS__)
 #endif
+#if defined(__CUDACC_RTC__)
+#define RECURRA_LAUNCH(KERNEL, BLOCKS, THREADS, STREAM, ...) static_cast<void>(KERNEL)
+#else
 #define RECURRA_LAUNCH(KERNEL, BLOCKS, THREADS, STREAM, ...)          \
   do {                                                                \
     const ::recurra::cuda::DeviceGuard guard((STREAM).device);        \
     RECURRA_START(KERNEL, BLOCKS, THREADS, STREAM, __VA_ARGS__);      \
     ::recurra::cuda::check(cudaGetLastError(), "launch of " #KERNEL); \
   } while (false)
+#endif

@@ -8,6 +8,7 @@
 // and, where the gate came as a logarithm, da_t = g_t a_t h_{t-1}. Of complex numbers a_{t+1}, a_1
 // and h_{t-1}, with a_t before it, are conjugate there: gradients are torch's.
 #pragma once
+#include "cuda/indices.h"
 #include "cuda/stream.h"
 #include "simd/isa.h"
 #include "view.h"
@@ -63,8 +64,29 @@ RECURRA_KERNEL(complex_scan, LinearScan)
 RECURRA_KERNEL(complex_scan_backward, LinearScanBackward)
 RECURRA_KERNEL(complex_scan_step, LinearScanStep)
 
+// On the device: the sequences have no offsets and the step no slots, these are in cu_seqlens and
+// slots there, null views for none.
 namespace recurra::cuda {
-// On the device: the sequences have no offsets, these are in cu_seqlens there, a null view for
-// none.
-void linear_scan(const LinearScan& args, const View<1>& cu_seqlens, const Stream& stream);
+
+// Where time is split: the product of the gates of each part, in double, and the state before it,
+// in the compute type, both (S, parts, D); null views otherwise.
+struct ScanParts {
+  View<3> products, states;
+};
+// How many parts each sequence has for the kernels; 1: time is not split.
+int64_t linear_scan_parts(int64_t sequences, int64_t time, int64_t channels, DType dtype);
+
+// The first dimension of the partial sums here, the others are as on the CPU: each part of each
+// sequence has sums of its own where `a` has no time, and each batch row otherwise.
+int64_t linear_scan_sums(const LinearScanBackward& args, int64_t parts);
+
+void linear_scan(const LinearScan& args, const Indices& cu_seqlens, const ScanParts& parts,
+                 const Stream& stream);
+void linear_scan_backward(const LinearScanBackward& args, const Indices& cu_seqlens,
+                          const ScanParts& parts, const Stream& stream);
+void linear_scan_step(const LinearScanStep& args, const Indices& slots, const Stream& stream);
+
+namespace linear_scan_detail {
+void combine_parts(const View<2>& first, const ScanParts& parts, const Stream& stream);
+}
 }  // namespace recurra::cuda

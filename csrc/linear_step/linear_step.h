@@ -4,6 +4,7 @@
 // Sixteen sums of each y_bn, lane l over the columns l, l + 16, ... in ascending order, one fused
 // multiply-add each; these added by the tree of sum(); then the bias.
 #pragma once
+#include "cuda/stream.h"
 #include "simd/isa.h"
 #include "view.h"
 
@@ -26,3 +27,8 @@ struct LinearStep {
 }  // namespace recurra
 
 RECURRA_KERNEL(linear_step, LinearStep)
+
+namespace recurra::cuda {
+// In another order: a warp's lanes take columns, and a tree adds them. There is no copy.
+void linear_step(const LinearStep& args, const Stream& stream);
+}  // namespace recurra::cuda

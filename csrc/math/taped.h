@@ -96,10 +96,15 @@ RECURRA_FN Taped<V, Tape> through(Tape* tape, const F& f) {
 }
 template <class V, class Tape, class F>
 RECURRA_FN ValueSlope<Taped<V, Tape>> both_through(Tape* tape, const F& f) {
-  ValueSlope<V> s;
-  if constexpr (!Tape::replays) s = f();
-  const auto value = through<V>(tape, [&]() RECURRA_LAMBDA { return s.value; });
-  return {value, through<V>(tape, [&]() RECURRA_LAMBDA { return s.slope; })};
+  if constexpr (Tape::replays) {
+    const V value = tape->take(), slope = tape->take();
+    return {{value, tape}, {slope, tape}};
+  } else {
+    const ValueSlope<V> s = f();
+    tape->keep(s.value);
+    tape->keep(s.slope);
+    return {{s.value, tape}, {s.slope, tape}};
+  }
 }
 
 RECURRA_TAPED Taped<V, Tape> exp(Taped<V, Tape> x) {

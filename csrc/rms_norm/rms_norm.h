@@ -8,6 +8,7 @@
 // dweight is summed over the rows of a chunk in ascending order, one fused multiply-add each, and
 // these sums are added in the order of the chunks.
 #pragma once
+#include "cuda/stream.h"
 #include "simd/isa.h"
 #include "view.h"
 
@@ -58,3 +59,8 @@ struct RmsNormBackward {
 
 RECURRA_KERNEL(rms_norm, RmsNorm)
 RECURRA_KERNEL(rms_norm_backward, RmsNormBackward)
+
+namespace recurra::cuda {
+void rms_norm(const RmsNorm& args, const Stream& stream);
+void rms_norm_backward(const RmsNormBackward& args, const Stream& stream);
+}  // namespace recurra::cuda

@@ -9,14 +9,13 @@ namespace {
 using namespace recurrent;
 
 constexpr int64_t kHeldBytes = 256 << 10;
+// Lanes of a span at most where rows are turned a chunk at a time because they do not lie in memory
+// as they are worked on.
 template <class T>
-constexpr int64_t kHeldWidest = 512 / sizeof(T);  // lanes of a span
-template <class T>
-constexpr int64_t kHeldApart = kHeldWidest<T> + kLanes;
-// Rows that do not lie in memory as they are worked on are turned a chunk at a time.
+constexpr int64_t kTurnedWidest = 512 / sizeof(T);
 template <class T>
 struct ChunkRows {
-  T x[kRnnChunk * kHeldApart<T>] __attribute__((aligned(64)));
+  T x[kRnnChunk * (kTurnedWidest<T> + kLanes)] __attribute__((aligned(64)));
 };
 
 template <class T>
@@ -26,10 +25,12 @@ struct HeldRows {
 
 // The widest span whose rows fit.
 template <class T>
-int64_t widest(const CellRows<T>& cell) {
+int64_t widest(const CellRows<T>& cell, const RnnBackward& args) {
   const int64_t fit = static_cast<int64_t>(kHeldBytes / sizeof(T)) / (kRnnChunk * cell.held);
   const int64_t lanes = (fit - kLanes) / kLanes * kLanes;
-  return lanes < kHeldWidest<T> ? lanes : kHeldWidest<T>;
+  const bool in_place = is_rows<T>(args.x) && is_rows<T>(args.dx) && is_rows<T>(args.dy);
+  const int64_t most = in_place ? kWidest<T> : kTurnedWidest<T>;
+  return lanes < most ? lanes : most;
 }
 
 // The sums of the runs, in order.
@@ -54,10 +55,10 @@ struct Task {
 
   HeldRows<T> held;
   ChunkRows<T> x_rows[kMostInputs], dx_rows[kMostInputs], dy_rows[kMostStates];
-  T params[kMostParams * kHeldApart<T>] __attribute__((aligned(64)));
-  T h[kMostStates * kHeldApart<T>] __attribute__((aligned(64)));
-  T mu[kMostStates * kHeldApart<T>] __attribute__((aligned(64)));
-  T dparams[kMostParams * kHeldApart<T>] __attribute__((aligned(64)));
+  T params[kMostParams * kApart<T>] __attribute__((aligned(64)));
+  T h[kMostStates * kApart<T>] __attribute__((aligned(64)));
+  T mu[kMostStates * kApart<T>] __attribute__((aligned(64)));
+  T dparams[kMostParams * kApart<T>] __attribute__((aligned(64)));
 
   // What the arrays hold is written before it is read.
   Task(const RnnBackward& a, const CellRows<T>& cells, int64_t width, bool past)
@@ -161,7 +162,7 @@ template <class T>
 void run(const RnnBackward& args) {
   const int64_t channels = args.x.size[3], padded = args.padded();
   const CellRows<T>& cell = cell_rows<T>(args.cell);
-  const int64_t lanes = widest(cell);
+  const int64_t lanes = widest(cell, args);
   int64_t most = args.together();
   const Cut shape = most > 1 ? Cut{lanes, 1} : cut(channels, lanes, args.parts);
   if (most > 1 && most * channels > lanes) most = lanes / channels;

@@ -21,8 +21,8 @@ struct Stretches {
 
   Stretches(const RnnNewton& args, int64_t n) {
     chunks = args.sequences[n].length() / kRnnChunk;
-    blocks = (args.chunk + kRnnChunk - 1) / kRnnChunk;
-    count = (chunks + blocks - 1) / blocks;
+    blocks = newton_blocks(args.chunk);
+    count = newton_stretches(args.sequences[n].length(), args.chunk);
     lanes = newton_lanes(args.sequences[n].length(), args.chunk);
   }
   // Chunks of stretch k.
@@ -59,7 +59,7 @@ struct Columns {
 
   explicit Columns(int64_t count) : channels(count) {
     const bool few = channels < kLanes;
-    group = few || channels < kBusy ? channels : kBusy;
+    group = newton_group(channels);
     const int64_t columns = few ? group : whole_lanes(group);
     lanes = columns < kBusy ? kBusy / columns : 1;
     if (few) lanes = whole_lanes(lanes);

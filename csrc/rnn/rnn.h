@@ -16,6 +16,8 @@
 // Backward, mu_t the cotangent of h_t, L = d step / d (x, h, p) at (x_t, h_{t-1}, p):
 //   mu_t += dh_t,  (dx_t, mu_{t-1}, dp +=) = L' mu_t
 #pragma once
+#include "cuda/indices.h"
+#include "cuda/stream.h"
 #include "simd/isa.h"
 #include "view.h"
 
@@ -23,6 +25,8 @@ namespace recurra {
 
 // Steps between two saved states; the backward holds this many at a time.
 constexpr int64_t kRnnChunk = 32;
+// Runs of sequences that a backward sums by themselves, at most.
+constexpr int64_t kRnnMostParts = 8;
 // Columns of a span of sequences that share vectors.
 constexpr int64_t kRnnColumns = 64;
 
@@ -43,6 +47,11 @@ struct RnnInputs {
     return apart ? 1 : kRnnColumns / x.size[3];
   }
 };
+
+// As Sequences::chunk_rows(kRnnChunk), where the offsets of packed sequences are on a device.
+inline int64_t rnn_chunk_rows(const Sequences& s, bool packed) {
+  return packed ? s.time / kRnnChunk + s.count : s.count * ((s.time + kRnnChunk - 1) / kRnnChunk);
+}
 
 struct Rnn : RnnInputs {
   View<3> h_last;
@@ -73,10 +82,21 @@ struct RnnNewton : Rnn {
   bool* done = nullptr;                   // (S, N)
 };
 
+// A stretch is whole chunks, and a sequence's stretches are its whole chunks.
+constexpr RECURRA_EVERYWHERE int64_t newton_blocks(int64_t chunk) {
+  return (chunk + kRnnChunk - 1) / kRnnChunk;
+}
+constexpr RECURRA_EVERYWHERE int64_t newton_stretches(int64_t steps, int64_t chunk) {
+  const int64_t blocks = newton_blocks(chunk);
+  return (steps / kRnnChunk + blocks - 1) / blocks;
+}
+// Channels that are computed sequentially together, where one of them has not converged.
+constexpr RECURRA_EVERYWHERE int64_t newton_group(int64_t channels) {
+  return channels < 64 ? channels : 64;
+}
 // Lanes of a channel: one for each stretch, in whole vectors.
 constexpr RECURRA_EVERYWHERE int64_t newton_lanes(int64_t steps, int64_t chunk) {
-  const int64_t blocks = (chunk + kRnnChunk - 1) / kRnnChunk;
-  return ((steps / kRnnChunk + blocks - 1) / blocks + 15) / 16 * 16;
+  return (newton_stretches(steps, chunk) + 15) / 16 * 16;
 }
 constexpr RECURRA_EVERYWHERE int64_t newton_rows(int64_t states) { return states * (3 + states); }
 
@@ -93,7 +113,7 @@ struct RnnBackward : RnnInputs {
   View<4> dx;
   View<2> dparams;  // or none, where the sums of the runs are what is wanted
   View<3> dh0;
-  // Sequences are walked in `parts` runs, each with sums of its own.
+  // Sequences are walked in `parts` runs, at most kRnnMostParts, each with sums of its own.
   int64_t parts = 1;
   void* sums = nullptr;  // (parts, P, padded) in the compute type, zeros
 };
@@ -104,3 +124,33 @@ RECURRA_KERNEL(rnn, Rnn)
 RECURRA_KERNEL(rnn_newton, RnnNewton)
 RECURRA_KERNEL(rnn_global_newton, RnnGlobalNewton)
 RECURRA_KERNEL(rnn_backward, RnnBackward)
+
+namespace recurra::cuda {
+
+// Sequentially. cu_seqlens (S + 1) and slots (S) lie on the device, with null `offsets` and `slots`
+// in args; a slot past the states is skipped like a negative one.
+void rnn(const Rnn& args, const Indices& cu_seqlens, const Indices& slots, const Stream& stream);
+
+// Where Newton's method leaves its report, on the device: the largest number of passes, the largest
+// mismatch, in the compute type, and how many sequences by channels were computed sequentially.
+struct NewtonSummary {
+  int32_t* passes = nullptr;
+  void* mismatch = nullptr;
+  int32_t* failures = nullptr;
+};
+// Stretches of all sequences, at most.
+inline int64_t newton_rows_on_device(const Sequences& s, bool packed, int64_t chunk) {
+  const int64_t steps = newton_blocks(chunk) * kRnnChunk;
+  return packed ? s.time / steps + s.count : s.count * ((s.time + steps - 1) / steps);
+}
+// args.report and args.done lie on the device, lanes_before is not used. The workspace is for
+// newton_rows(states) rows for each channel, of a number for each of newton_rows_on_device, and
+// `taken` (S, N) is one more. Kernels start for max_passes passes, whether they are needed or not.
+void rnn_newton(const RnnNewton& args, const Indices& cu_seqlens, int64_t* taken,
+                const NewtonSummary& summary, const Stream& stream);
+
+// chunk_sums: (chunk rows, P, padded) in the compute type; args.sums is not used.
+void rnn_backward(const RnnBackward& args, const Indices& cu_seqlens, void* chunk_sums,
+                  const Stream& stream);
+
+}  // namespace recurra::cuda

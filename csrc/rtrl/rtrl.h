@@ -14,6 +14,7 @@
 // all P of a channel are 0, after a reset, S starts from 0 whatever it was; so does a sum where
 // dh_0 is 0.
 #pragma once
+#include "cuda/stream.h"
 #include "simd/isa.h"
 #include "view.h"
 
@@ -42,7 +43,29 @@ struct RtrlGradient {
   View<3> dparams;  // (B or 1, P, N)
 };
 
+// P, F and E of a chunk of a cell, as rnn and K runs of its backward give them: on the device
+// alone.
+struct RtrlDerivatives {
+  int cell = 0;    // its place in the list of csrc/cells/all.h
+  View<4> x;       // (B, T, G, N)
+  View<2> params;  // (P, N)
+  View<3> h0;      // (B, K, N), or none
+  View<2> reset;   // (B, T) of bool, or none
+  // Contiguous: those of RtrlUpdate, and (B, T, K, N) for the states before each step.
+  View<4> decay;
+  View<5> factors;
+  View<4> direct;
+  void* states = nullptr;
+};
+
 }  // namespace recurra
 
 RECURRA_KERNEL(rtrl_update, RtrlUpdate)
 RECURRA_KERNEL(rtrl_gradient, RtrlGradient)
+
+namespace recurra::cuda {
+// On the device every array of a gradient is contiguous.
+void rtrl_update(const RtrlUpdate& args, const Stream& stream);
+void rtrl_gradient(const RtrlGradient& args, const Stream& stream);
+void rtrl_derivatives(const RtrlDerivatives& args, const Stream& stream);
+}  // namespace recurra::cuda

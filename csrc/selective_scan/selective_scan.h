@@ -15,6 +15,8 @@
 //   dz_t = dout_t y_t silu'(z_t)
 // where q_t uses a_t h_{t-1} itself and not h_t minus the input, which would cancel.
 #pragma once
+#include "cuda/indices.h"
+#include "cuda/stream.h"
 #include "simd/isa.h"
 #include "view.h"
 
@@ -106,3 +108,22 @@ RECURRA_KERNEL(selective_scan, SelectiveScan)
 // Sequences of one step with h0 and h_last the same view.
 RECURRA_KERNEL(selective_scan_step, SelectiveScan)
 RECURRA_KERNEL(selective_scan_backward, SelectiveScanBackward)
+
+namespace recurra::cuda {
+// On the device, for a real A. The sequences have no offsets: these are in cu_seqlens there, as
+// slots are in `slots`, a null view for none. Of the scratch only `saved` is used.
+
+// The rows of `saved`, which chunk_rows cannot tell where the offsets are on the device.
+inline int64_t saved_rows(const Sequences& sequences, bool packed) {
+  if (packed) return sequences.time / kScanChunk + sequences.count;
+  return sequences.chunk_rows(kScanChunk);
+}
+void selective_scan(const SelectiveScan& args, const Indices& cu_seqlens, const Stream& stream);
+void selective_scan_step(const SelectiveScan& args, const Indices& slots, const Stream& stream);
+
+// Channels of a block of the backward. Its scratch, uninitialised, in the compute type:
+//   sum_A (S, N, D), sum_D (2, S, D), sum_BC (2, blocks, B T, N)
+constexpr int64_t backward_channels(DType d) { return computes_in_double(d) ? 32 : 64; }
+void selective_scan_backward(const SelectiveScanBackward& args, const Indices& cu_seqlens,
+                             const Stream& stream);
+}  // namespace recurra::cuda

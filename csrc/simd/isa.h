@@ -1,5 +1,6 @@
 // Which instruction set this process uses, and how a kernel compiled once per set is called.
 #pragma once
+#if !defined(__CUDACC_RTC__)
 #include <vector>
 
 namespace recurra {
@@ -23,17 +24,26 @@ std::vector<CpuFlag> cpu_flags();
 void cap_isa(const char* name);
 
 }  // namespace recurra
+#endif
 
 // Declares NAME(const ARGS&) in each instruction set's namespace, and recurra::NAME, which calls
 // the chosen one. A kernel file defines NAME in recurra::RECURRA_ISA and is compiled once per set.
+// Who is linked to librecurra.so finds recurra::NAME in it.
 // clang-format off
-#if defined(__x86_64__)
+#if !defined(RECURRA_CHOOSER)
+#define RECURRA_CHOOSER inline
+#endif
+#if defined(__CUDACC_RTC__)  // the device alone
+#define RECURRA_KERNEL(NAME, ARGS)
+#elif defined(RECURRA_SHARED)
+#define RECURRA_KERNEL(NAME, ARGS) namespace recurra { void NAME(const ARGS& args); }
+#elif defined(__x86_64__)
 #define RECURRA_KERNEL(NAME, ARGS)                      \
   namespace recurra {                                   \
   namespace scalar { void NAME(const ARGS& args); }     \
   namespace avx2 { void NAME(const ARGS& args); }       \
   namespace avx512 { void NAME(const ARGS& args); }     \
-  inline void NAME(const ARGS& args) {                  \
+  RECURRA_CHOOSER void NAME(const ARGS& args) {         \
     switch (isa()) {                                    \
       case Isa::avx512: return avx512::NAME(args);      \
       case Isa::avx2: return avx2::NAME(args);          \
@@ -45,7 +55,7 @@ void cap_isa(const char* name);
 #define RECURRA_KERNEL(NAME, ARGS)                      \
   namespace recurra {                                   \
   namespace scalar { void NAME(const ARGS& args); }     \
-  inline void NAME(const ARGS& args) { scalar::NAME(args); } \
+  RECURRA_CHOOSER void NAME(const ARGS& args) { scalar::NAME(args); } \
   }
 #endif
 // clang-format on

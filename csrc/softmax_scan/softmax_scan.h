@@ -24,6 +24,8 @@
 //   C_{t-1} += -p y_t o_t,  A_{t-1} += p y_t,  dv_t += r y_t
 //   ds_t += r y_t (v_t - o_t),  dbonus += r y_t (v_t - o_t)
 #pragma once
+#include "cuda/indices.h"
+#include "cuda/stream.h"
 #include "simd/isa.h"
 #include "view.h"
 
@@ -65,3 +67,15 @@ struct SoftmaxScanBackward : SoftmaxScanInputs {
 
 RECURRA_KERNEL(softmax_scan, SoftmaxScan)
 RECURRA_KERNEL(softmax_scan_backward, SoftmaxScanBackward)
+
+namespace recurra::cuda {
+// On the device: neither sequences nor slots are in the arguments but in cu_seqlens and slots
+// there, null views for none. `scratch`: that many numbers of the compute type, null for none.
+int64_t softmax_scan_scratch(const SoftmaxScan& args);
+void softmax_scan(const SoftmaxScan& args, const Indices& cu_seqlens, const Indices& slots,
+                  void* scratch, const Stream& stream);
+// The same; `partial`, `parts` and `sums` of the arguments are of the CPU alone.
+int64_t softmax_scan_backward_scratch(const SoftmaxScanBackward& args);
+void softmax_scan_backward(const SoftmaxScanBackward& args, const Indices& cu_seqlens,
+                           void* scratch, const Stream& stream);
+}  // namespace recurra::cuda

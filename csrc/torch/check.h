@@ -17,18 +17,14 @@
 //           dimensions
 //   S       the number of sequences: B, or one less than the length of cu_seqlens
 #pragma once
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
 #include <string>
 #include <vector>
 
-#include "view.h"
+#include "native/dtype_name.h"
+#include "native/memory_order.h"
+#include "torch/tensor.h"
 
 namespace recurra {
-
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 [[noreturn]] void fail(const char* op, const std::string& message);
 
@@ -52,9 +48,11 @@ const char* requirements(const std::string& op);
 Sequences sequences(const char* op, int64_t batch, int64_t time, const OptionalTensor& cu_seqlens,
                     std::vector<int64_t>& storage);
 
+// Refuses a state h that is expanded, since it is written in place, and without slots one that has
+// other than `rows` states.
+void check_states(const char* op, int64_t rows, const Tensor& h, const OptionalTensor& slots);
 // The state in h of each of `rows` rows as int64, below their number and none twice, negative to
-// skip; null where there are no slots, and then there must be as many states as rows. The vector
-// keeps them. h is written in place, so it may not be expanded.
+// skip; null where there are no slots. Checks the states too. The vector keeps them.
 const int64_t* slot_indices(const char* op, int64_t rows, const Tensor& h,
                             const OptionalTensor& slots, std::vector<int64_t>& storage);
 
@@ -65,8 +63,6 @@ void check_layout(const char* op, const char* name, const Tensor& x, const char*
 
 // A shape as Python writes it.
 std::string shape_of(const Tensor& t);
-
-DType dtype_of(const Tensor& t);
 
 template <int N>
 View<N> view(const Tensor& t) {
@@ -98,15 +94,6 @@ View<N + 1> one_step(const View<N>& v) {
   return out;
 }
 
-// Uninitialised tensors on the device of `like`. empty_like also takes its memory order.
-Tensor empty_like(const Tensor& like);
-// The dimensions of a tensor from the outermost in memory to the innermost, and an uninitialised
-// tensor of other sizes that lies so. recurra._check has the same for fake tensors.
-std::vector<int> memory_order(const Tensor& t);
-Tensor empty_ordered(const Tensor& like, const std::vector<int64_t>& sizes,
-                     const std::vector<int>& order);
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);
-Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);
 // Zeros for the sums of csrc/partial_sums.h, where `a` (B, T, D) is broadcast to the shape of
 // `full`; none where it is not.
 // Those of the first dimension stand apart for `rows`, a multiple of a's, where it is given.

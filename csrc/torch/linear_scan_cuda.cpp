@@ -2,30 +2,67 @@
 
 #include <tuple>
 
-#include "linear_scan/linear_scan.h"
-#include "torch/check.h"
+#include "torch/device.h"
+#include "torch/linear_scan.h"
 
 namespace recurra {
 namespace {
 
+// What the kernels need where they split time.
+struct Parts {
+  int64_t count;
+  OptionalTensor products, states;
+
+  Parts(const Tensor& x, const Sequences& s) {
+    const DType dtype = dtype_of(x);
+    count = cuda::linear_scan_parts(s.count, s.time, x.size(2), dtype);
+    if (count == 1) return;
+    products = empty(x, {s.count, count, x.size(2)}, is_complex(dtype) ? DType::c128 : DType::f64);
+    states = empty(x, {s.count, count, x.size(2)}, state_dtype(dtype));
+  }
+  cuda::ScanParts views() const { return {view<3>(products), view<3>(states)}; }
+};
+
 std::tuple<Tensor, Tensor> linear_scan_cuda(Tensor a, Tensor b, OptionalTensor h0, bool log_a,
                                             bool reverse, OptionalTensor cu_seqlens) {
-  check("linear_scan", {{"a", a}, {"b", b}, {"h0", h0}, {"cu_seqlens", cu_seqlens}});
-  if (is_complex(dtype_of(b))) fail("linear_scan", "b must be real on a CUDA device, got complex");
-  LinearScan args;
-  // The kernel reads cu_seqlens itself: their values are on the device.
-  args.sequences = {cu_seqlens ? cu_seqlens->size(0) - 1 : b.size(0), b.size(1), nullptr};
-  Tensor h = empty_like(b);
-  Tensor h_last = empty(b, {args.sequences.count, b.size(2)}, state_dtype(dtype_of(b)));
-  args.a = view<3>(a);
-  args.b = view<3>(b);
-  args.h0 = view<2>(h0);
-  args.h = view<3>(h);
-  args.h_last = view<2>(h_last);
-  args.log_a = log_a;
-  args.reverse = reverse;
-  cuda::linear_scan(args, view<1>(cu_seqlens), cuda::current_stream(b.get_device_index()));
-  return {h, h_last};
+  constexpr const char* op = "linear_scan";
+  check(op, {{"a", a}, {"b", b}, {"h0", h0}, {"cu_seqlens", cu_seqlens}});
+  const Sequences s = sequences_of(b, cu_seqlens);
+  const LinearScanCall call(a, b, h0, log_a, reverse, s);
+  const Parts parts(b, s);
+  cuda::linear_scan(call.args, indices(op, "cu_seqlens", cu_seqlens), parts.views(), stream_of(b));
+  return {call.h, call.h_last};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_scan_backward_cuda(Tensor a, Tensor h, OptionalTensor h0,
+                                                             OptionalTensor dh,
+                                                             OptionalTensor dh_last, bool log_a,
+                                                             bool reverse,
+                                                             OptionalTensor cu_seqlens) {
+  constexpr const char* op = "_linear_scan_backward";
+  check(op, {{"a", a},
+             {"h", h},
+             {"h0", h0},
+             {"dh", dh},
+             {"dh_last", dh_last},
+             {"cu_seqlens", cu_seqlens}});
+  const Sequences s = sequences_of(h, cu_seqlens);
+  LinearScanBackwardCall call(a, h, h0, dh, dh_last, log_a, reverse, s);
+  const Parts parts(h, s);
+  const OptionalTensor partial = partial_sums(a, h, cuda::linear_scan_sums(call.args, parts.count));
+  call.args.partial = view<3>(partial);
+  cuda::linear_scan_backward(call.args, indices(op, "cu_seqlens", cu_seqlens), parts.views(),
+                             stream_of(h));
+  return {call.da, call.db, call.dh0};
+}
+
+Tensor linear_scan_step_cuda(Tensor h, Tensor a, Tensor b, bool log_a, OptionalTensor slots) {
+  constexpr const char* op = "linear_scan_step";
+  check(op, {{"h", h}, {"a", a}, {"b", b}, {"slots", slots}});
+  check_states(op, b.size(0), h, slots);
+  const LinearScanStepCall call(h, a, b, log_a);
+  cuda::linear_scan_step(call.args, indices(op, "slots", slots), stream_of(b));
+  return call.out;
 }
 
 }  // namespace
@@ -33,4 +70,6 @@ std::tuple<Tensor, Tensor> linear_scan_cuda(Tensor a, Tensor b, OptionalTensor h
 
 STABLE_TORCH_LIBRARY_IMPL(recurra, CUDA, m) {
   m.impl("linear_scan", TORCH_BOX(&recurra::linear_scan_cuda));
+  m.impl("_linear_scan_backward", TORCH_BOX(&recurra::linear_scan_backward_cuda));
+  m.impl("linear_scan_step", TORCH_BOX(&recurra::linear_scan_step_cuda));
 }

@@ -49,7 +49,20 @@ void block_scan_oracle(const BlockScan& args) {
   }
 }
 
+// Emulated shuffles take long, k of them a number.
+inline bool is_small(const View<4>& v) {
+  return v.size[0] * v.size[1] * v.size[2] * v.size[3] * v.size[3] <= 1 << 13;
+}
+
 inline void run_with_oracle(Case& c, const BlockScan& args) {
+  BlockScan device = args;
+  device.sequences.offsets = device.slots = nullptr;
+  View<1> offsets, slots;
+  const int64_t count = args.sequences.count;
+  if (args.sequences.offsets) offsets = c.indices("cu_seqlens", args.sequences.offsets, count + 1);
+  if (args.slots) slots = c.indices("slots", args.slots, count);
+  if (is_small(args.b))
+    c.emulated = [device, offsets, slots] { cuda::block_scan(device, offsets, slots, {}); };
   c.run = [args] { block_scan(args); };
   c.oracle = [args] {
     in_compute_type(args.b.dtype, [&](auto zero) { block_scan_oracle<decltype(zero)>(args); });
@@ -145,14 +158,81 @@ inline void block_scan_backward_case(Case& c, const Shape& given) {
   args.dA = c.output<5>("dA", dtype, matrices);
   args.db = c.output<4>("db", dtype, size);
   args.dh0 = c.output<3>("dh0", state, states);
-  const int64_t partial[] = {args.partial_size()};
-  args.partial = c.output<1>("partial", state, partial, true).data;
-  c.run = [args] { block_scan_backward(args); };
+  // What the device has no use for: no output.
+  const int64_t bytes = args.partial_size() * item_size(state);
+  args.partial = c.scratch(bytes);
+  c.run = [args, bytes] {
+    if (bytes > 0) std::memset(args.partial, 0, static_cast<size_t>(bytes));
+    block_scan_backward(args);
+  };
+  BlockScanBackward device = args;
+  device.sequences.offsets = nullptr;
+  View<1> offsets;
+  if (args.sequences.offsets)
+    offsets = c.indices("cu_seqlens", args.sequences.offsets, args.sequences.count + 1);
+  void* const scratch = c.scratch(cuda::block_scan_backward_scratch(device) * item_size(state));
+  // A gradient that is summed in another order differs by a unit of its largest partial sum for
+  // each of the few additions that matter, and what is left of the sum may be a thousandth of that.
+  const double stored = dtype == DType::bf16 ? 0x1p-7 : dtype == DType::f16 ? 0x1p-10 : 0;
+  if (args.reduced()) c.emulated_within = 8192 * (dtype == DType::f64 ? 0x1p-53 : 0x1p-24) + stored;
+  if (is_small(args.h))
+    c.emulated = [device, offsets, scratch] {
+      cuda::block_scan_backward(device, offsets, scratch, {});
+    };
   if (args.reduced()) return;
   c.oracle = [args] {
     in_compute_type(args.h.dtype,
                     [&](auto zero) { block_scan_backward_oracle<decltype(zero)>(args); });
   };
+}
+
+// On the device no value of cu_seqlens or slots may lead out of the arrays, though sequences that
+// overlap write the same elements.
+inline void hostile_block_scan_case(Case& c, const Shape& s) {
+  const DType dtype = activation(c.random), state = state_of(dtype);
+  const auto one_of = [&](int64_t n) { return c.random.chance(25) ? 1 : n; };
+  const int64_t k = block_size(c.random), N = 1 + c.random.below(9);
+  const int64_t time = std::min<int64_t>(s.time, 33);
+  c.raced = true;
+  if (c.random.chance(30)) {  // a step
+    BlockScan args;
+    const int64_t states = 1 + c.random.below(4);
+    args.sequences = {time, 1, nullptr};
+    args.A = c.input<5>("A", dtype, {one_of(time), 1, one_of(N), k, k});
+    args.b = c.input<4>("b", dtype, {time, 1, N, k});
+    args.h = c.output<4>("out", dtype, {time, 1, N, k});
+    args.h0 = args.h_last = c.output<3>("h", state, {states, N, k});
+    const auto slots = hostile_integers(c.random, time, states);
+    const View<1> on_device = c.indices("slots", slots.data(), time);
+    c.emulated = [args, on_device] { cuda::block_scan(args, {}, on_device, {}); };
+    return;
+  }
+  const auto ends = hostile_integers(c.random, 1 + c.random.below(6), time);
+  const auto count = static_cast<int64_t>(ends.size()) - 1;
+  const View<1> offsets = c.indices("cu_seqlens", ends.data(), count + 1);
+  const int64_t size[] = {1, time, N, k}, matrices[] = {1, one_of(time), one_of(N), k, k};
+  if (c.random.chance(50)) {
+    BlockScan args;
+    args.sequences = {count, time, nullptr};
+    args.reverse = c.random.chance(50);
+    args.A = c.input<5>("A", dtype, matrices);
+    args.b = c.input<4>("b", dtype, size);
+    args.h = c.output<4>("h", dtype, size);
+    args.h_last = c.output<3>("h_last", state, {count, N, k});
+    c.emulated = [args, offsets] { cuda::block_scan(args, offsets, {}, {}); };
+    return;
+  }
+  BlockScanBackward args;
+  args.sequences = {count, time, nullptr};
+  args.reverse = c.random.chance(50);
+  args.A = c.input<5>("A", dtype, matrices);
+  args.h = c.input<4>("h", dtype, size);
+  args.dh = c.input<4>("dh", dtype, size);
+  args.dA = c.output<5>("dA", dtype, matrices);
+  args.db = c.output<4>("db", dtype, size);
+  args.dh0 = c.output<3>("dh0", state, {count, N, k});
+  void* const scratch = c.scratch(cuda::block_scan_backward_scratch(args) * item_size(state));
+  c.emulated = [args, offsets, scratch] { cuda::block_scan_backward(args, offsets, scratch, {}); };
 }
 
 }  // namespace recurra::test

@@ -42,6 +42,20 @@ inline void rnn_inputs(Case& c, RnnInputs& in, const CellOf& cell, DType dtype, 
   }
 }
 
+// What a packed call on the device reads.
+inline View<1> device_offsets(Case& c, const Sequences& sequences) {
+  if (!sequences.offsets) return {};
+  return c.indices("cu_seqlens", sequences.offsets, sequences.count + 1);
+}
+// The columns between the channels and whole vectors hold anything.
+inline void clear_padding(const RnnInputs& args, void* saved, int64_t states) {
+  const int64_t rows = saved ? args.sequences.chunk_rows(kRnnChunk) * states : 0;
+  const int64_t N = args.x.size[3], item = item_size(state_of(args.x.dtype));
+  for (int64_t i = 0; i < rows; ++i)
+    std::memset(static_cast<char*>(saved) + (i * args.padded() + N) * item, 0,
+                static_cast<size_t>((args.padded() - N) * item));
+}
+
 inline void rnn_outputs(Case& c, Rnn& args, const CellOf& cell, const Shape& s) {
   const DType dtype = args.x.dtype, state = state_of(dtype);
   const int64_t wanted = c.random.chance(40) ? cell.states : 1;
@@ -57,7 +71,15 @@ inline void rnn_case(Case& c, const Shape& s) {
   const CellOf cell(c.random);
   rnn_inputs(c, args, cell, activation(c.random), s);
   rnn_outputs(c, args, cell, s);
-  c.run = [args] { rnn(args); };
+  c.run = [args, cell] {
+    rnn(args);
+    clear_padding(args, args.saved, cell.states);
+  };
+  const View<1> offsets = device_offsets(c, args.sequences);
+  c.emulated = [args, offsets]() mutable {
+    args.sequences.offsets = nullptr;
+    cuda::rnn(args, offsets, {}, {});
+  };
 }
 
 inline void rnn_step_case(Case& c, const Shape& s) {
@@ -74,6 +96,54 @@ inline void rnn_step_case(Case& c, const Shape& s) {
   args.h0 = args.h_last = c.output<3>("h", state_of(dtype), {states, cell.states, N});
   args.y = c.output<4>("y", dtype, {rows, 1, 1, N});
   c.run = [args] { rnn(args); };
+  View<1> device_slots;
+  if (args.slots) device_slots = c.indices("device_slots", args.slots, rows);
+  c.emulated = [args, device_slots]() mutable {
+    args.slots = nullptr;
+    cuda::rnn(args, {}, device_slots, {});
+  };
+}
+
+// On the device the values of cu_seqlens and slots are not checked: none may lead out of the
+// arrays, though sequences that overlap, or share a state, write the same elements.
+inline int64_t hostile(Case& c, int64_t size) {
+  return c.random.pick<int64_t>({0, -1, size, size + 1, c.random.below(size + 1),
+                                 static_cast<int64_t>(c.random.next()), INT64_MIN, INT64_MAX});
+}
+inline View<1> hostile_offsets(Case& c, RnnInputs& in, int64_t time) {
+  std::vector<int64_t> ends(static_cast<size_t>(1 + c.random.below(6)));
+  for (int64_t& end : ends) end = hostile(c, time);
+  in.sequences = {static_cast<int64_t>(ends.size()) - 1, time, nullptr};
+  return c.indices("cu_seqlens", ends.data(), in.sequences.count + 1);
+}
+inline void rnn_hostile_case(Case& c, const Shape& s) {
+  Rnn args;
+  c.raced = true;
+  const CellOf cell(c.random);
+  const DType dtype = activation(c.random);
+  args.cell = cell.index;
+  const int64_t N = s.channels;
+  View<1> offsets, slots;
+  if (c.random.chance(50)) {
+    offsets = hostile_offsets(c, args, s.time);
+    args.x = c.input<4>("x", dtype, {1, s.time, cell.inputs, N});
+    args.y = c.output<4>("y", dtype, {1, s.time, 1, N});
+    args.h_last = c.output<3>("h", state_of(dtype), {args.sequences.count, cell.states, N});
+    const int64_t rows = rnn_chunk_rows(args.sequences, true);
+    args.saved =
+        c.output<3>("saved", state_of(dtype), {rows, cell.states, args.padded()}, true).data;
+  } else {
+    const int64_t rows = s.time, states = c.random.below(4);
+    std::vector<int64_t> values(static_cast<size_t>(rows));
+    for (int64_t& value : values) value = hostile(c, states);
+    slots = c.indices("slots", values.data(), rows);
+    args.sequences = {rows, 1, nullptr};
+    args.x = c.input<4>("x", dtype, {rows, 1, cell.inputs, N});
+    args.y = c.output<4>("y", dtype, {rows, 1, 1, N});
+    args.h0 = args.h_last = c.output<3>("h", state_of(dtype), {states, cell.states, N});
+  }
+  args.params = c.input<2>("params", parameter(c.random, dtype), {cell.params, N});
+  c.emulated = [args, offsets, slots] { cuda::rnn(args, offsets, slots, {}); };
 }
 
 // What Newton's method writes besides, for each sequence and channel.
@@ -88,6 +158,52 @@ struct Reports {
         converged(std::make_unique<bool[]>(count)),
         done(std::make_unique<bool[]>(count)) {}
   NewtonReport view() const { return {passes.get(), mismatch.get(), converged.get()}; }
+};
+
+// The memory of Newton's method on the device, and its report as numbers that are compared.
+struct OnDevice {
+  RnnNewton args;
+  View<1> offsets, passes, mismatch, failures;
+  int64_t* taken = nullptr;
+
+  OnDevice(Case& c, const RnnNewton& given, const CellOf& cell, const View<1>& cu_seqlens)
+      : args(given), offsets(cu_seqlens) {
+    const DType state = state_of(args.x.dtype);
+    const int64_t chains = args.sequences.count * args.x.size[3];
+    const int64_t rows =
+        cuda::newton_rows_on_device(args.sequences, static_cast<bool>(offsets), args.chunk);
+    args.sequences.offsets = nullptr;
+    args.workspace = c.scratch(args.x.size[3] * newton_rows(cell.states) * rows * item_size(state));
+    args.report = {static_cast<int32_t*>(c.scratch(chains * 4)),
+                   static_cast<double*>(c.scratch(chains * 8)),
+                   static_cast<bool*>(c.scratch(chains))};
+    args.done = static_cast<bool*>(c.scratch(chains));
+    taken = static_cast<int64_t*>(c.scratch(chains * 8));
+    passes = c.output<1>("passes", DType::f64, {1}, true);
+    mismatch = c.output<1>("mismatch", state, {1}, true);
+    failures = c.output<1>("failures", DType::f64, {1}, true);
+  }
+  void run() const {
+    if (args.sequences.count * args.x.size[3] == 0) return cuda::rnn(args, offsets, {}, {});
+    int32_t most = 0, failed = 0;
+    cuda::rnn_newton(args, offsets, taken, {&most, mismatch.data, &failed}, {});
+    set(passes, most, 0);
+    set(failures, failed, 0);
+  }
+  // What the CPU reports, in the same places.
+  void summarise(const Reports& reports) const {
+    int32_t most = 0, failed = 0;
+    double largest = 0;
+    for (int64_t i = 0; i < args.sequences.count * args.x.size[3]; ++i) {
+      const double m = reports.mismatch[i];
+      most = std::max(most, reports.passes[i]);
+      failed += !reports.converged[i];
+      if (m > largest || m != m) largest = largest != largest ? largest : m;
+    }
+    set(passes, most, 0);
+    set(mismatch, largest, 0);
+    set(failures, failed, 0);
+  }
 };
 
 inline void rnn_newton_case(Case& c, const Shape& given) {
@@ -105,14 +221,41 @@ inline void rnn_newton_case(Case& c, const Shape& given) {
     before[static_cast<size_t>(n) + 1] =
         before[static_cast<size_t>(n)] + newton_lanes(args.sequences[n].length(), args.chunk);
   const int64_t rows = before.back() * s.channels * newton_rows(cell.states);
-  args.workspace = c.output<1>("workspace", state_of(args.x.dtype), {rows}, true).data;
+  args.workspace = c.scratch<1>("workspace", state_of(args.x.dtype), {rows}).data;
   args.lanes_before = c.integers("lanes_before", before);
-  auto reports = std::make_shared<Reports>(static_cast<size_t>(args.sequences.count * s.channels));
-  c.run = [args, reports]() mutable {
+  const auto chains = static_cast<size_t>(args.sequences.count * s.channels);
+  const auto reports = std::make_shared<Reports>(chains);
+  const OnDevice device(c, args, cell, device_offsets(c, args.sequences));
+  c.run = [args, cell, reports, device, chains]() mutable {
+    *reports = Reports(chains);
     args.report = reports->view();
     args.done = reports->done.get();
     rnn_newton(args);
+    clear_padding(args, args.saved, cell.states);
+    device.summarise(*reports);
   };
+  c.emulated = [device] { device.run(); };
+}
+
+inline void rnn_newton_hostile_case(Case& c, const Shape& given) {
+  const Shape s{1, 2 * given.time, std::min<int64_t>(given.channels, 40)};
+  RnnNewton args;
+  c.raced = true;
+  const CellOf cell(c.random);
+  const DType dtype = activation(c.random);
+  args.cell = cell.index;
+  const View<1> offsets = hostile_offsets(c, args, s.time);
+  args.x = c.input<4>("x", dtype, {1, s.time, cell.inputs, s.channels});
+  args.params = c.input<2>("params", parameter(c.random, dtype), {cell.params, s.channels});
+  args.y = c.output<4>("y", dtype, {1, s.time, 1, s.channels});
+  args.h_last = c.output<3>("h", state_of(dtype), {args.sequences.count, cell.states, s.channels});
+  const int64_t saved[] = {rnn_chunk_rows(args.sequences, true), cell.states, args.padded()};
+  args.saved = c.output<3>("saved", state_of(dtype), saved, true).data;
+  args.chunk = c.random.pick<int64_t>({1, 33});
+  args.warm_up = 32;
+  args.max_passes = 3;
+  const OnDevice device(c, args, cell, offsets);
+  c.emulated = [device] { device.run(); };
 }
 
 inline void rnn_global_newton_case(Case& c, const Shape& s) {
@@ -130,11 +273,19 @@ inline void rnn_global_newton_case(Case& c, const Shape& s) {
   };
 }
 
-inline void rnn_backward_case(Case& c, const Shape& s) {
-  RnnBackward args;
-  const CellOf cell(c.random);
-  const DType dtype = activation(c.random), state = state_of(dtype);
-  rnn_inputs(c, args, cell, dtype, s);
+// States of a chunk each: of the channels, zeros between them and whole vectors.
+inline void fill_saved(Case& c, const RnnInputs& args, void* saved, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t d = 0; d < args.x.size[3]; ++d) {
+      const DType state = state_of(args.x.dtype);
+      store(static_cast<char*>(saved) + (i * args.padded() + d) * item_size(state), state,
+            static_cast<float>(c.random.uniform(-1, 1)));
+    }
+}
+// What a backward is given and writes, but for its sequences.
+inline void rnn_backward_arrays(Case& c, RnnBackward& args, const CellOf& cell, const Shape& s,
+                                int64_t rows) {
+  const DType dtype = args.x.dtype, state = state_of(dtype);
   const int64_t count = args.sequences.count, wanted = c.random.chance(40) ? cell.states : 1;
   const int64_t states[] = {count, cell.states, s.channels};
   if (c.random.chance(80)) args.dy = c.input<4>("dy", dtype, {s.batch, s.time, wanted, s.channels});
@@ -142,11 +293,53 @@ inline void rnn_backward_case(Case& c, const Shape& s) {
   args.dx = c.output<4>("dx", dtype, {s.batch, s.time, cell.inputs, s.channels});
   args.dparams = c.output<2>("dparams", args.params.dtype, {cell.params, s.channels});
   args.dh0 = c.output<3>("dh0", state, states);
-  args.parts = std::clamp<int64_t>(count, 1, 8);
+  args.parts = 1 + c.random.below(std::clamp<int64_t>(count, 1, kRnnMostParts));
+  void* const saved = c.output<3>("saved", state, {rows, cell.states, args.padded()}, true).data;
+  fill_saved(c, args, saved, rows * cell.states);
+  args.saved = saved;
+}
+
+inline void rnn_backward_case(Case& c, const Shape& s) {
+  RnnBackward args;
+  const CellOf cell(c.random);
+  rnn_inputs(c, args, cell, activation(c.random), s);
   const int64_t rows = args.sequences.chunk_rows(kRnnChunk), padded = args.padded();
-  args.saved = c.output<3>("saved", state, {rows, cell.states, padded}, true).data;
-  args.sums = c.output<3>("sums", state, {args.parts, cell.params, padded}, true).data;
-  c.run = [args] { rnn_backward(args); };
+  rnn_backward_arrays(c, args, cell, s, rows);
+  const DType state = state_of(args.x.dtype);
+  const View<3> sums = c.output<3>("sums", state, {args.parts, cell.params, padded}, true);
+  const View<3> chunk_sums = c.output<3>("chunk_sums", state, {rows, cell.params, padded}, true);
+  args.sums = sums.data;
+  const auto clear = [](const View<3>& v) {
+    std::memset(v.data, 0,
+                static_cast<size_t>(v.size[0] * v.size[1] * v.size[2] * item_size(v.dtype)));
+  };
+  c.run = [=] {
+    rnn_backward(args);
+    clear(sums);
+  };
+  const View<1> offsets = device_offsets(c, args.sequences);
+  c.emulated = [=]() mutable {
+    args.sequences.offsets = nullptr;
+    cuda::rnn_backward(args, offsets, chunk_sums.data, {});
+    clear(chunk_sums);
+  };
+}
+
+inline void rnn_hostile_backward_case(Case& c, const Shape& given) {
+  const Shape s{1, given.time, given.channels};
+  RnnBackward args;
+  c.raced = true;
+  const CellOf cell(c.random);
+  const DType dtype = activation(c.random);
+  args.cell = cell.index;
+  const View<1> offsets = hostile_offsets(c, args, s.time);
+  args.x = c.input<4>("x", dtype, {1, s.time, cell.inputs, s.channels});
+  args.params = c.input<2>("params", parameter(c.random, dtype), {cell.params, s.channels});
+  const int64_t rows = rnn_chunk_rows(args.sequences, true);
+  rnn_backward_arrays(c, args, cell, s, rows);
+  const int64_t sums[] = {rows, cell.params, args.padded()};
+  const View<3> chunk_sums = c.output<3>("chunk_sums", state_of(dtype), sums, true);
+  c.emulated = [=] { cuda::rnn_backward(args, offsets, chunk_sums.data, {}); };
 }
 
 }  // namespace recurra::test

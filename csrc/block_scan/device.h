@@ -1,0 +1,96 @@
+// What the CUDA kernels of block_scan share. K threads, the next power of two from k on, have one
+// block: thread i has number i of its state, and sees those of the others by shuffles.
+#pragma once
+#include "block_scan/block_scan.h"
+#include "cuda/launch.h"
+#include "cuda/storage.h"
+#include "math/functions.h"
+
+namespace recurra::cuda::block_scan_detail {
+
+constexpr int kThreads = 128, kWarp = 32;
+
+// Steps that are loaded at once, of a row of K numbers each or of one where matrices are constant.
+template <int K, bool constant>
+constexpr int kAhead = constant || K == 1 ? 8
+                       : K <= 4           ? 4
+                       : K == 8           ? 2
+                                          : 1;
+
+// The threads of the group of this one.
+template <int K>
+__device__ __forceinline__ unsigned group_mask() {
+  return ((1u << K) - 1) << (threadIdx.x % kWarp / K * K);
+}
+// The numbers of all threads of a group, in order.
+template <int K, class T>
+__device__ __forceinline__ void exchange(unsigned mask, T value, T (&all)[K]) {
+  if constexpr (K == 1)
+    all[0] = value;
+  else
+    for_each_index<K>([&](auto i) { all[i] = __shfl_sync(mask, value, i, K); });
+}
+
+// How work is cut: a group for each block of each sequence.
+struct Cut {
+  Integers cu_seqlens;
+  int64_t sequences = 0, time = 0, blocks = 0;
+  int64_t width = 0;  // groups of a sequence; those past `blocks` only help to sum
+  int k = 0;
+  bool backwards = false;  // whether time is walked from the last step to the first
+
+  RECURRA_FN int64_t groups() const { return sequences * width; }
+};
+
+// What a group walks: `steps` from `first` on, each `by` from the last.
+struct Track {
+  int64_t n, block;
+  int64_t batch, first, by, steps;
+};
+RECURRA_FN Track track_of(const Cut& cut, int64_t group) {
+  const int64_t n = group / cut.width;
+  const Extent e = extent(cut.cu_seqlens, n, cut.time);
+  const int64_t steps = e.end - e.begin, first = cut.backwards ? e.end - 1 : e.begin;
+  return {n, group % cut.width, e.batch, steps > 0 ? first : 0, cut.backwards ? -1 : 1, steps};
+}
+
+template <class S, int K>
+struct Row {
+  static constexpr int kBytes = static_cast<int>(sizeof(S)) * K, kPack = kBytes < 16 ? kBytes : 16;
+  static constexpr int kEach = kPack / static_cast<int>(sizeof(S));
+  struct alignas(kPack) Pack {
+    S x[kEach];
+  };
+  // k numbers, `step` apart; `packed`: K side by side and aligned.
+  static RECURRA_FN void load(const S* from, int64_t step, int k, bool packed,
+                              Compute<S> (&to)[K]) {
+    if (packed) {
+      for_each_index<K / kEach>([&](auto n) {
+        const Pack pack = reinterpret_cast<const Pack*>(from)[n];
+        for_each_index<kEach>([&](auto i) { to[n * kEach + i] = cuda::load(&pack.x[i]); });
+      });
+    } else {
+      for_each_index<K>(
+          [&](auto i) { to[i] = i < k ? cuda::load(from + i * step) : Compute<S>(0); });
+    }
+  }
+  // Whether the rows of matrices may be read so.
+  static bool packs(const View<5>& A) {
+    if (A.size[4] != K || (K > 1 && A.step(4) != 1)) return false;
+    int64_t all = reinterpret_cast<uintptr_t>(A.data) % kPack ? 1 : 0;
+    for (int n = 0; n < 4; ++n) all |= A.step(n) % kEach;
+    return all == 0;
+  }
+};
+
+// f(Index<K>) with the least K of 1, 2, 4, 8 and 16 that is at least k.
+template <class F>
+void for_width(int64_t k, F f) {
+  if (k <= 1) return f(Index<1>{});
+  if (k <= 2) return f(Index<2>{});
+  if (k <= 4) return f(Index<4>{});
+  if (k <= 8) return f(Index<8>{});
+  f(Index<16>{});
+}
+
+}  // namespace recurra::cuda::block_scan_detail

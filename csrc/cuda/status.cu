@@ -1,0 +1,60 @@
+#include "cuda/status.h"
+
+#include <mutex>
+#include <stdexcept>
+
+#include "cuda/launch.h"
+#include "cuda/wait.h"
+
+namespace recurra::cuda {
+
+constexpr const char* kStatusOps[] = {"linear_scan",    "block_scan",   "causal_conv1d",
+                                      "selective_scan", "softmax_scan", "rnn"};
+constexpr const char* kStatusArguments[] = {"cu_seqlens", "slots"};
+constexpr int kStatusCount = 12, kMostDevices = 64;
+
+// Zero when the library is loaded, so that nothing needs to be allocated or written by a call,
+// which may be captured into a graph.
+__device__ uint32_t status_words[kStatusCount];
+
+static uint32_t* words_of(int device) {
+  static std::mutex mutex;
+  static uint32_t* words[kMostDevices] = {};
+  if (device < 0 || device >= kMostDevices)
+    throw std::runtime_error("recurra: no CUDA device has number " + std::to_string(device));
+  const std::lock_guard lock(mutex);
+  if (words[device]) return words[device];
+  const DeviceGuard guard(device);
+  // What loads code is refused otherwise while any stream is captured.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+  void* at = nullptr;
+  const cudaError_t found = cudaGetSymbolAddress(&at, status_words);
+  check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+  check(found, "cudaGetSymbolAddress");
+  return words[device] = static_cast<uint32_t*>(at);
+}
+
+uint32_t* status_word(const char* op, const char* argument, int device) {
+  const std::string name = op[0] == '_' ? op + 1 : op;
+  for (int i = 0; i < kStatusCount; ++i)
+    if (name.starts_with(kStatusOps[i / 2]) && argument == std::string(kStatusArguments[i % 2]))
+      return words_of(device) + i;
+  throw std::runtime_error("recurra: no status of " + std::string(argument) + " of " + name);
+}
+
+std::vector<std::string> take_status(const Stream& stream) {
+  uint32_t* const words = words_of(stream.device);
+  wait_for_device(stream.device);
+  uint32_t found[kStatusCount];
+  read_back(found, words, sizeof found, stream);
+  std::vector<std::string> out;
+  for (int i = 0; i < kStatusCount; ++i)
+    if (found[i])
+      out.push_back(std::string(kStatusArguments[i % 2]) + " of " + kStatusOps[i / 2] +
+                    (i % 2 ? "_step" : ""));
+  if (!out.empty()) set_zero(words, sizeof found, stream);
+  return out;
+}
+
+}  // namespace recurra::cuda

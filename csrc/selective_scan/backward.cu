@@ -1,0 +1,402 @@
+// A block walks 32 or 64 channels of one sequence backwards, in the chunks of which the forward
+// saved the states. A thread holds four states of one or two channels; the lanes of a warp are four
+// such fours of states by eight channels. In a chunk all threads first compute dt, dt u and
+// Y = dy silu(z). Then pieces of four steps go backwards: their states are computed again and kept
+// in registers, the gates once more where they are needed. Sums over states are taken by shuffles;
+// those over channels by shuffles, then over the four warps, and over the blocks by a kernel of its
+// own. More than sixteen states take turns in every piece, what they carry resting in dh0 and
+// sum_A.
+#include <stdexcept>
+
+#include "cuda/launch.h"
+#include "cuda/shared.h"
+#include "cuda/sums.h"
+#include "selective_scan/device.h"
+
+namespace recurra::cuda {
+namespace selective_scan_detail {
+
+constexpr int kPiece = 4, kPieces = kChunk / kPiece;
+constexpr int kWarps = kThreads / 32;
+constexpr int kColumns = 8;  // channels of a warp, or pairs of them
+constexpr int kFour = kStates / 4;
+static_assert(kColumns * kFour == 32);
+
+template <class S>
+struct Backward : Inputs<S> {
+  using Inputs<S>::Inputs;
+  Array<S, 3> dy, du, ddelta, dz;
+  Array<Compute<S>, 3> dh_last, dh0;
+  const Compute<S>* saved;
+  Compute<S>*sum_A, *sum_D, *sum_BC;
+};
+
+// Lane l of each Count lanes that are `apart` from one another gets the sum of their v[l] in v[0].
+template <int Count, class T>
+__device__ __forceinline__ void scatter_sums(T (&v)[Count], int lane, int apart) {
+#pragma unroll
+  for (int half = Count / 2; half > 0; half /= 2) {
+    const bool upper = (lane / apart & half) != 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const T keep = upper ? v[i + half] : v[i], send = upper ? v[i] : v[i + half];
+      v[i] = keep + __shfl_xor_sync(0xffffffffu, send, half * apart);
+    }
+  }
+}
+
+// Whole: there are 16 states; otherwise any number.
+template <class S, bool Whole>
+__global__ void __launch_bounds__(kThreads, Whole && sizeof(S) == 2 ? 3 : 2)
+    backward(const Backward<S> p) {
+  using T = Compute<S>;
+  constexpr int kEach = sizeof(T) == 4 ? 2 : 1;  // channels of a thread
+  constexpr int kWidth = kWarps * kColumns * kEach, kShares = kThreads / kWidth;
+  constexpr int kSteps = kFour / kEach;  // whose sums over states are taken together
+  RECURRA_SHARED(T, dt_rows, kChunk * kWidth);
+  RECURRA_SHARED(T, in_rows, kChunk * kWidth);
+  RECURRA_SHARED(T, Y_rows, kChunk * kWidth);
+  RECURRA_SHARED(T, p_rows, kPiece * kWidth);
+  RECURRA_SHARED(T, q_rows, kPiece * kWidth);
+  RECURRA_SHARED(T, y_rows, kPiece * kWidth);
+  RECURRA_SHARED(T, B_rows, kChunk * kStates);
+  RECURRA_SHARED(T, C_rows, kChunk * kStates);
+  RECURRA_SHARED(T, sums, kPiece * kThreads);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int quad = lane / kColumns, column = warp * kColumns * kEach + lane % kColumns;
+  const int c = thread % kWidth, share = thread / kWidth;  // in what all threads do
+  const int64_t passes = Whole ? 1 : p.passes();
+  for (int64_t task = blockIdx.x; task < p.sequences * p.blocks.count; task += gridDim.x) {
+    const int64_t n = task / p.blocks.count, span = task % p.blocks.count;
+    const Channels block = p.blocks.at(span);
+    const Extent s = extent(p.cu_seqlens, n, p.time);
+    const int64_t length = s.end - s.begin;
+    const bool mine = c < block.count;
+    const int64_t channel = block.first + (mine ? c : 0);
+    const T bias = p.bias_of(channel), skip = p.skip_of(channel);
+    const S* const from_B =
+        p.B.data + s.batch * p.B.step[0] + s.begin * p.B.step[1] + block.group * p.B.step[2];
+    const S* const from_C =
+        p.C.data + s.batch * p.C.step[0] + s.begin * p.C.step[1] + block.group * p.C.step[2];
+    const auto stage_rows = [&](int64_t t0, int steps, int64_t n0) {
+      for (int at = thread; at < steps * kStates; at += kThreads) {
+        const int64_t t = t0 + at / kStates, state = n0 + at % kStates;
+        const bool there = Whole || state < p.states;
+        B_rows[at] = there ? load(from_B + t * p.B.step[1] + state * p.B.step[3]) : T(0);
+        C_rows[at] = there ? load(from_C + t * p.C.step[1] + state * p.C.step[3]) : T(0);
+      }
+    };
+
+    // A times log2(e), the cotangent of the state, and dA; of channel k and state i.
+    T A[kEach][kFour], carry[kEach][kFour], dA[kEach][kFour];
+    const auto has = [&](int64_t state, int k) {
+      return column + k * kColumns < block.count && (Whole || state < p.states);
+    };
+    const auto load_states = [&](int64_t n0, bool first) {
+#pragma unroll
+      for (int k = 0; k < kEach; ++k)
+#pragma unroll
+        for (int i = 0; i < kFour; ++i) {
+          const int64_t state = n0 + quad * kFour + i, d = block.first + column + k * kColumns;
+          const Array<T, 3>& source = first ? p.dh_last : p.dh0;
+          A[k][i] = carry[k][i] = dA[k][i] = T(0);
+          if (!has(state, k)) continue;
+          A[k][i] = p.A.at(d, state) * T(1.4426950408889634);
+          if (source.data) carry[k][i] = *source.at(n, d, state);
+          if (!first) dA[k][i] = p.sum_A[(n * p.states + state) * p.channels + d];
+        }
+    };
+    const auto store_states = [&](int64_t n0) {
+#pragma unroll
+      for (int k = 0; k < kEach; ++k)
+#pragma unroll
+        for (int i = 0; i < kFour; ++i) {
+          const int64_t state = n0 + quad * kFour + i, d = block.first + column + k * kColumns;
+          if (!has(state, k)) continue;
+          *p.dh0.at(n, d, state) = carry[k][i];
+          p.sum_A[(n * p.states + state) * p.channels + d] = dA[k][i];
+        }
+    };
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      load_states(pass * kStates, true);
+      if (passes > 1) store_states(pass * kStates);
+    }
+
+    T h[kEach][kFour];
+    // h after a step of the chunk, from h before it.
+    const auto advance = [&](int t, int64_t n0) {
+      T b[kFour];
+#pragma unroll
+      for (int i = 0; i < kFour; ++i) b[i] = B_rows[t * kStates + quad * kFour + i];
+#pragma unroll
+      for (int k = 0; k < kEach; ++k) {
+        const int at = t * kWidth + column + k * kColumns;
+        const T dt = dt_rows[at], in = in_rows[at];
+#pragma unroll
+        for (int i = 0; i < kFour; ++i)
+          if (Whole || n0 + quad * kFour + i < p.states)
+            h[k][i] = fma(gate(A[k][i] * dt), h[k][i], b[i] * in);
+      }
+    };
+
+    T sum_D = T(0), sum_bias = T(0);
+    for (int64_t t0 = (length + kChunk - 1) / kChunk * kChunk - kChunk; t0 >= 0; t0 -= kChunk) {
+      const int steps = static_cast<int>(length - t0 < kChunk ? length - t0 : kChunk);
+#pragma unroll 4
+      for (int t = share; t < steps; t += kShares) {
+        const int64_t time = s.begin + t0 + t;
+        const int at = t * kWidth + c;
+        T d = load(p.delta.at(s.batch, time, channel)) + bias;
+        if (p.softplus) d = step_size(d);
+        T Y = p.dy.data ? load(p.dy.at(s.batch, time, channel)) : T(0);
+        if (p.z.data) Y = Y * silu(load(p.z.at(s.batch, time, channel)));
+        const T in = d * load(p.u.at(s.batch, time, channel));
+        dt_rows[at] = mine ? d : T(0);
+        in_rows[at] = mine ? in : T(0);
+        Y_rows[at] = mine ? Y : T(0);
+      }
+      if (passes == 1) stage_rows(t0, steps, 0);
+      __syncthreads();
+      T starts[kPieces][kEach][kFour];  // the states before each piece, of a single pass
+      const int last = (steps - 1) / kPiece;
+      for (int piece = last; piece >= 0; --piece) {
+        const int first = piece * kPiece, count = steps - first < kPiece ? steps - first : kPiece;
+        for (int64_t pass = 0; pass < passes; ++pass) {
+          const int64_t n0 = pass * kStates;
+          if (passes > 1) {
+            load_states(n0, false);
+            stage_rows(t0, steps, n0);
+            __syncthreads();
+          }
+          if (passes == 1 && piece < last) {
+#pragma unroll
+            for (int k = 0; k < kEach; ++k)
+#pragma unroll
+              for (int i = 0; i < kFour; ++i) h[k][i] = starts[piece][k][i];
+          } else {
+#pragma unroll
+            for (int k = 0; k < kEach; ++k)
+#pragma unroll
+              for (int i = 0; i < kFour; ++i) {
+                const int64_t state = n0 + quad * kFour + i;
+                const T* const row =
+                    p.saved + (p.saved_row(n, s, t0) * p.states + state) * p.blocks.padded;
+                h[k][i] = has(state, k) ? row[block.lane + column + k * kColumns] : T(0);
+              }
+            for (int before = 0; before < piece; ++before) {
+#pragma unroll
+              for (int k = 0; k < kEach; ++k)
+#pragma unroll
+                for (int i = 0; i < kFour; ++i) starts[before][k][i] = h[k][i];
+#pragma unroll 4
+              for (int t = 0; t < kPiece; ++t) advance(before * kPiece + t, n0);
+            }
+          }
+          T held[kPiece][kEach][kFour];  // the states before each step
+#pragma unroll
+          for (int t = 0; t < kPiece; ++t) {
+            if (t >= count) break;
+#pragma unroll
+            for (int k = 0; k < kEach; ++k)
+#pragma unroll
+              for (int i = 0; i < kFour; ++i) held[t][k][i] = h[k][i];
+            advance(first + t, n0);
+          }
+#pragma unroll
+          for (int end = kPiece; end > 0; end -= kSteps) {
+            T sum_p[kFour], sum_q[kFour], sum_y[kFour];
+#pragma unroll
+            for (int i = 0; i < kFour; ++i) sum_p[i] = sum_q[i] = sum_y[i] = T(0);
+#pragma unroll
+            for (int r = 0; r < kSteps; ++r) {
+              const int t = end - 1 - r, row = (first + t) * kStates + quad * kFour;
+              if (t >= count) continue;
+              T of_channels[2 * kFour];  // four of dB, four of dC
+#pragma unroll
+              for (int i = 0; i < 2 * kFour; ++i) of_channels[i] = T(0);
+#pragma unroll
+              for (int k = 0; k < kEach; ++k) {
+                const int at = (first + t) * kWidth + column + k * kColumns, sum = r * kEach + k;
+                const T dt = dt_rows[at], in = in_rows[at], Y = Y_rows[at];
+#pragma unroll
+                for (int i = 0; i < kFour; ++i) {
+                  if (!Whole && n0 + quad * kFour + i >= p.states) break;
+                  const T b = B_rows[row + i], weight = C_rows[row + i];
+                  of_channels[kFour + i] = fma(h[k][i], Y, of_channels[kFour + i]);
+                  sum_y[sum] = fma(weight, h[k][i], sum_y[sum]);
+                  const T g = fma(weight, Y, carry[k][i]);
+                  of_channels[i] = fma(g, in, of_channels[i]);
+                  sum_p[sum] = fma(g, b, sum_p[sum]);
+                  carry[k][i] = gate(A[k][i] * dt) * g;
+                  const T turned = carry[k][i] * held[t][k][i];
+                  sum_q[sum] = fma(A[k][i], turned, sum_q[sum]);
+                  dA[k][i] = fma(turned, dt, dA[k][i]);
+                  h[k][i] = held[t][k][i];
+                }
+              }
+              scatter_sums(of_channels, lane, 1);
+              sums[t * kThreads + thread] = of_channels[0];
+            }
+            scatter_sums(sum_p, lane, kColumns);
+            scatter_sums(sum_q, lane, kColumns);
+            if (p.z.data) scatter_sums(sum_y, lane, kColumns);
+            // The lanes of each four states have one of the sums.
+            const int t = end - 1 - quad / kEach;
+            const int at = t * kWidth + column + quad % kEach * kColumns;
+            const T others_p = pass > 0 ? T(p_rows[at]) : T(0);
+            const T others_q = pass > 0 ? T(q_rows[at]) : T(0);
+            const T others_y = pass > 0 ? T(y_rows[at]) : T(0);
+            p_rows[at] = others_p + sum_p[0];
+            q_rows[at] = others_q + sum_q[0];
+            y_rows[at] = others_y + sum_y[0];
+          }
+          if (passes > 1) store_states(n0);
+          __syncthreads();
+          for (int at = thread; at < count * 32; at += kThreads) {
+            const int t = at / 32, from = at % 32, which = from % kColumns / kFour;
+            const int64_t state = n0 + from / kColumns * kFour + from % kFour;
+            if (!Whole && state >= p.states) continue;
+            T sum = T(0);
+#pragma unroll
+            for (int w = 0; w < kWarps; ++w) sum = sum + sums[t * kThreads + w * 32 + from];
+            const int64_t time = s.batch * p.time + s.begin + t0 + first + t;
+            const int64_t row = (which * p.blocks.count + span) * p.u_rows + time;
+            p.sum_BC[row * p.states + state] = sum;
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kPiece / kShares; ++i) {
+          const int t = i * kShares + share, at = (first + t) * kWidth + c;
+          if (t >= count || !mine) break;
+          const int64_t time = s.begin + t0 + first + t;
+          const T x = load(p.u.at(s.batch, time, channel)), Y = Y_rows[at];
+          const T sum_p = p_rows[t * kWidth + c];
+          const T sum_q = q_rows[t * kWidth + c] * T(0.69314718055994530942);
+          T du = dt_rows[at] * sum_p, d = fma(x, sum_p, sum_q);
+          if (p.D.data) du = fma(skip, Y, du);
+          if (p.softplus) d = d * step_slope(load(p.delta.at(s.batch, time, channel)) + bias);
+          sum_D = fma(Y, x, sum_D);
+          sum_bias = sum_bias + d;
+          store(p.du.at(s.batch, time, channel), du);
+          store(p.ddelta.at(s.batch, time, channel), d);
+          if (p.z.data) {
+            const T dy = p.dy.data ? load(p.dy.at(s.batch, time, channel)) : T(0);
+            const T y = p.D.data ? x * skip + y_rows[t * kWidth + c] : T(y_rows[t * kWidth + c]);
+            store(p.dz.at(s.batch, time, channel),
+                  dy * y * silu_slope(load(p.z.at(s.batch, time, channel))).slope);
+          }
+        }
+        __syncthreads();
+      }
+    }
+    if (passes == 1) store_states(0);
+    dt_rows[share * kWidth + c] = sum_D;
+    in_rows[share * kWidth + c] = sum_bias;
+    __syncthreads();
+    if (share == 0 && mine) {
+      for (int i = 1; i < kShares; ++i) {
+        sum_D = sum_D + dt_rows[i * kWidth + c];
+        sum_bias = sum_bias + in_rows[i * kWidth + c];
+      }
+      p.sum_D[n * p.channels + channel] = sum_D;
+      p.sum_D[(p.sequences + n) * p.channels + channel] = sum_bias;
+    }
+    __syncthreads();
+  }
+}
+
+// dB or dC: the sums of its group's blocks, in order.
+template <class S>
+struct Finish {
+  Array<S, 4> to;
+  const Compute<S>* from;
+  int64_t time, steps, groups, states, blocks;  // of a group
+};
+template <class S>
+__global__ void __launch_bounds__(kThreads) over_blocks(const Finish<S> p) {
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
+  int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (; i < p.steps * p.groups * p.states; i += threads) {
+    const int64_t state = i % p.states, row = i / p.states, g = row % p.groups;
+    const int64_t step = row / p.groups, apart = p.steps * p.states;
+    const Compute<S>* const from = p.from + g * p.blocks * apart + step * p.states + state;
+    Compute<S> sum = Compute<S>(0);
+#pragma unroll 4
+    for (int64_t block = 0; block < p.blocks; ++block) sum = sum + from[block * apart];
+    store(p.to.data + step / p.time * p.to.step[0] + step % p.time * p.to.step[1] +
+              g * p.to.step[2] + state * p.to.step[3],
+          sum);
+  }
+}
+
+template <class S>
+void finish(const Blocks& blocks, const View<4>& to, const Compute<S>* from, const Stream& stream) {
+  Finish<S> p;
+  p.to = Array<S, 4>(to);
+  p.from = from;
+  p.time = to.size[1];
+  p.steps = to.size[0] * to.size[1];
+  p.groups = to.size[2];
+  p.states = to.size[3];
+  p.blocks = p.groups == 1 ? blocks.count : blocks.per_group;
+  const int64_t count = p.steps * p.groups * p.states;
+  if (count == 0) return;
+  const auto selective_scan_over_blocks = over_blocks<S>;
+  RECURRA_LAUNCH(selective_scan_over_blocks, blocks_for(count, kThreads), kThreads, stream, p);
+}
+
+template <class S>
+void launch_backward(const SelectiveScanBackward& args, const Indices& cu_seqlens,
+                     const Stream& stream) {
+  using T = Compute<S>;
+  Backward<S> p(args, cu_seqlens, backward_channels(args.u.dtype));
+  p.dy = Array<S, 3>(args.dy);
+  p.du = Array<S, 3>(args.du);
+  p.ddelta = Array<S, 3>(args.ddelta);
+  p.dz = Array<S, 3>(args.dz);
+  p.dh_last = Array<T, 3>(args.dh_last);
+  p.dh0 = Array<T, 3>(args.dh0);
+  p.saved = static_cast<const T*>(args.saved);
+  p.sum_A = static_cast<T*>(args.sum_A);
+  p.sum_D = static_cast<T*>(args.sum_D);
+  p.sum_BC = static_cast<T*>(args.sum_BC);
+  const int64_t tasks = p.sequences * p.blocks.count;
+  const bool whole = p.states == kStates;
+  if (tasks > 0) {
+    const auto selective_scan_backward = whole ? backward<S, true> : backward<S, false>;
+    RECURRA_LAUNCH(selective_scan_backward, blocks_for(tasks, 1), kThreads, stream, p);
+  }
+  finish<S>(p.blocks, args.dB, p.sum_BC, stream);
+  finish<S>(p.blocks, args.dC, p.sum_BC + p.blocks.count * p.u_rows * p.states, stream);
+  const bool wide = computes_in_double(args.u.dtype);
+  const View<2>& dA = args.dA;
+  add_up({{dA.data,
+           dA.dtype,
+           {1, dA.size[1], dA.size[0], 1, 1},
+           {0, dA.stride[1], dA.stride[0], 0, 0}},
+          p.sum_A,
+          wide,
+          p.sequences},
+         stream);
+  const View<1>* const vectors[] = {&args.dD, &args.ddelta_bias};
+  for (int i = 0; i < 2; ++i) {
+    const View<1>& v = *vectors[i];
+    if (v)
+      add_up({{v.data, v.dtype, {1, 1, v.size[0], 1, 1}, {0, 0, v.stride[0], 0, 0}},
+              p.sum_D + i * p.sequences * p.channels,
+              wide,
+              p.sequences},
+             stream);
+  }
+}
+
+}  // namespace selective_scan_detail
+using namespace selective_scan_detail;
+
+void selective_scan_backward(const SelectiveScanBackward& args, const Indices& cu_seqlens,
+                             const Stream& stream) {
+  with_storage(args.u.dtype, "selective_scan: no CUDA kernel for this dtype",
+               [&](auto s) { launch_backward<decltype(s)>(args, cu_seqlens, stream); });
+}
+
+}  // namespace recurra::cuda

@@ -1,0 +1,222 @@
+// A block walks 64 channels of one sequence in pieces of 16 steps: all threads first compute dt and
+// dt u of the piece, then each runs eight states of one channel through it, in registers, and at
+// last all threads add up, gate and store y. What the next piece needs is read meanwhile. More than
+// sixteen states take turns, their values resting in h_last. Sums have the order of the CPU's, but
+// for a number of states that eight does not divide.
+#include <stdexcept>
+
+#include "cuda/launch.h"
+#include "cuda/shared.h"
+#include "cuda/silu.h"
+#include "selective_scan/device.h"
+
+namespace recurra::cuda {
+namespace selective_scan_detail {
+
+constexpr int kChannels = 64;
+constexpr int kSteps = 16;                          // of a piece, which divide kScanChunk
+constexpr int kTogether = 8;                        // states of a thread
+constexpr int kShares = kThreads / kChannels;       // threads of a channel
+constexpr int kItems = kSteps / kShares;            // steps of a thread in what all do
+constexpr int kRows = kSteps * kStates / kThreads;  // numbers of B, and of C, of a thread
+static_assert(kShares * kTogether == kStates && kScanChunk % kSteps == 0);
+
+template <class S>
+struct Forward : Inputs<S> {
+  using Inputs<S>::Inputs;
+  Array<Compute<S>, 3> h0, h_last;
+  Array<S, 3> y;
+  Compute<S>* saved;
+  Integers slots;
+  int64_t slot_count;
+};
+
+// The steps from t0 on that this thread reads, zeros past the end.
+template <class S>
+__device__ __forceinline__ void fetch(const S* from, int64_t step, int64_t t0, int64_t length,
+                                      S (&to)[kItems]) {
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) {
+    const int64_t t = t0 + i * kShares;
+    to[i] = t < length ? from[t * step] : S{};
+  }
+}
+
+// silu, with its bits.
+RECURRA_FN float output_gate(float z) {
+  return silu_is_near(z) ? silu_slope_near(z).value : silu(z);
+}
+RECURRA_FN double output_gate(double z) { return silu(z); }
+
+template <class S>
+struct SharedRows {
+  S B[kRows], C[kRows];
+};
+
+// Whole: the number of states is a multiple of 16.
+template <class S, bool Whole>
+__global__ void __launch_bounds__(kThreads, sizeof(Compute<S>) == 4 ? 4 : 2)
+    forward(const Forward<S> p) {
+  using T = Compute<S>;
+  RECURRA_SHARED(T, dt_rows, kSteps * kChannels);
+  RECURRA_SHARED(T, in_rows, kSteps * kChannels);
+  RECURRA_SHARED(T, sums, kShares * kSteps * kChannels);
+  RECURRA_SHARED(T, B_rows, kSteps * kStates);
+  RECURRA_SHARED(T, C_rows, kSteps * kStates);
+  const int thread = static_cast<int>(threadIdx.x), c = thread % kChannels,
+            share = thread / kChannels;
+  const int64_t passes = p.passes();
+  for (int64_t task = blockIdx.x; task < p.sequences * p.blocks.count; task += gridDim.x) {
+    const int64_t n = task / p.blocks.count;
+    const Channels block = p.blocks.at(task % p.blocks.count);
+    const Extent s = extent(p.cu_seqlens, n, p.time);
+    const int64_t slot = slot_of(p.slots, n, p.slot_count), length = s.end - s.begin;
+    // A thread without a channel computes another's and stores nothing.
+    const bool mine = c < block.count;
+    const int64_t channel = block.first + (mine ? c : 0);
+    S* const to = p.y.at(s.batch, s.begin + share, channel);
+    if (slot < 0) {
+      for (int64_t t = share; mine && t < length; t += kShares)
+        store(to + (t - share) * p.y.step[1], T(0));
+      continue;
+    }
+    const S* const from_u = p.u.at(s.batch, s.begin + share, channel);
+    const S* const from_delta = p.delta.at(s.batch, s.begin + share, channel);
+    const S* const from_z = p.z.at(s.batch, s.begin + share, channel);
+    const S* const from_B =
+        p.B.data + s.batch * p.B.step[0] + s.begin * p.B.step[1] + block.group * p.B.step[2];
+    const S* const from_C =
+        p.C.data + s.batch * p.C.step[0] + s.begin * p.C.step[1] + block.group * p.C.step[2];
+    const auto fetch_rows = [&](int64_t t0, int64_t n0) {
+      SharedRows<S> rows;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const int at = i * kThreads + thread;
+        const int64_t t = t0 + at / kStates, state = n0 + at % kStates;
+        const bool there = t < length && (Whole || state < p.states);
+        rows.B[i] = there ? from_B[t * p.B.step[1] + state * p.B.step[3]] : S{};
+        rows.C[i] = there ? from_C[t * p.C.step[1] + state * p.C.step[3]] : S{};
+      }
+      return rows;
+    };
+    const T bias = p.bias_of(channel), skip = p.skip_of(channel);
+    T h[kTogether], A[kTogether];
+    S u[kItems], delta[kItems], z[kItems] = {};
+    const int64_t later = length - share;  // of the pointers that start at `share`
+    fetch(from_u, p.u.step[1], 0, later, u);
+    fetch(from_delta, p.delta.step[1], 0, later, delta);
+    SharedRows<S> rows = fetch_rows(0, 0);
+
+    // Without a step there is one piece still, which copies the state.
+    for (int64_t t0 = 0; t0 == 0 || t0 < length; t0 += kSteps) {
+      const int steps = static_cast<int>(length - t0 < kSteps ? length - t0 : kSteps);
+      T y[kItems];
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        T d = load(&delta[i]) + bias;
+        if (p.softplus) d = step_size(d);
+        const T x = load(&u[i]);
+        const int at = (i * kShares + share) * kChannels + c;
+        dt_rows[at] = d;
+        in_rows[at] = d * x;
+        y[i] = p.D.data ? x * skip : T(0);
+      }
+      if (p.z.data) fetch(from_z, p.z.step[1], t0, later, z);
+      fetch(from_u, p.u.step[1], t0 + kSteps, later, u);
+      fetch(from_delta, p.delta.step[1], t0 + kSteps, later, delta);
+      for (int64_t pass = 0; pass < passes; ++pass) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          B_rows[i * kThreads + thread] = load(&rows.B[i]);
+          C_rows[i * kThreads + thread] = load(&rows.C[i]);
+        }
+        rows =
+            pass + 1 < passes ? fetch_rows(t0, (pass + 1) * kStates) : fetch_rows(t0 + kSteps, 0);
+        const int64_t n0 = pass * kStates + share * kTogether;
+        if (t0 == 0 || passes > 1) {
+          const Array<T, 3>& source = t0 == 0 ? p.h0 : p.h_last;
+#pragma unroll
+          for (int i = 0; i < kTogether; ++i) {
+            const bool there = Whole || n0 + i < p.states;
+            h[i] = there && source.data ? *source.at(slot, channel, n0 + i) : T(0);
+            A[i] = there ? p.A.at(channel, n0 + i) * T(1.4426950408889634) : T(0);
+          }
+        }
+        if (p.saved && t0 % kScanChunk == 0 && steps > 0 && mine) {
+          T* const row =
+              p.saved + (p.saved_row(n, s, t0) * p.states + n0) * p.blocks.padded + block.lane + c;
+#pragma unroll
+          for (int i = 0; i < kTogether; ++i)
+            if (Whole || n0 + i < p.states) row[i * p.blocks.padded] = h[i];
+        }
+        __syncthreads();
+#pragma unroll 4
+        for (int t = 0; t < steps; ++t) {
+          const T dt = dt_rows[t * kChannels + c], in = in_rows[t * kChannels + c];
+          T sum = T(0);
+#pragma unroll
+          for (int i = 0; i < kTogether; ++i) {
+            if (!Whole && n0 + i >= p.states) break;
+            const T b = B_rows[t * kStates + share * kTogether + i];
+            const T weight = C_rows[t * kStates + share * kTogether + i];
+            h[i] = fma(gate(A[i] * dt), h[i], b * in);
+            sum = fma(weight, h[i], sum);
+          }
+          sums[(share * kSteps + t) * kChannels + c] = sum;
+        }
+        if ((t0 + kSteps >= length || passes > 1) && mine)
+#pragma unroll
+          for (int i = 0; i < kTogether; ++i)
+            if (Whole || n0 + i < p.states) *p.h_last.at(slot, channel, n0 + i) = h[i];
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < kItems; ++i) {
+          const int t = i * kShares + share;
+          if (t >= steps) break;
+#pragma unroll
+          for (int k = 0; k < kShares; ++k)
+            if (Whole || pass * kStates + k * kTogether < p.states)
+              y[i] = y[i] + sums[(k * kSteps + t) * kChannels + c];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        if (i * kShares + share >= steps || !mine) break;
+        store(to + (t0 + i * kShares) * p.y.step[1],
+              p.z.data ? y[i] * output_gate(load(&z[i])) : y[i]);
+      }
+    }
+  }
+}
+
+template <class S>
+void launch(const SelectiveScan& args, const Indices& cu_seqlens, const Indices& slots,
+            const Stream& stream) {
+  Forward<S> p(args, cu_seqlens, kChannels);
+  p.h0 = Array<Compute<S>, 3>(args.h0);
+  p.h_last = Array<Compute<S>, 3>(args.h_last);
+  p.y = Array<S, 3>(args.y);
+  p.saved = static_cast<Compute<S>*>(args.saved);
+  p.slots = Integers(slots);
+  p.slot_count = args.h_last.size[0];
+  const int64_t tasks = p.sequences * p.blocks.count;
+  if (tasks == 0) return;
+  const bool whole = p.states > 0 && p.states % kStates == 0;
+  const auto selective_scan_forward = whole ? forward<S, true> : forward<S, false>;
+  RECURRA_LAUNCH(selective_scan_forward, blocks_for(tasks, 1), kThreads, stream, p);
+}
+
+}  // namespace selective_scan_detail
+using namespace selective_scan_detail;
+
+void selective_scan(const SelectiveScan& args, const Indices& cu_seqlens, const Stream& stream) {
+  with_storage(args.u.dtype, "selective_scan: no CUDA kernel for this dtype",
+               [&](auto s) { launch<decltype(s)>(args, cu_seqlens, {}, stream); });
+}
+
+void selective_scan_step(const SelectiveScan& args, const Indices& slots, const Stream& stream) {
+  with_storage(args.u.dtype, "selective_scan_step: no CUDA kernel for this dtype",
+               [&](auto s) { launch<decltype(s)>(args, {}, slots, stream); });
+}
+
+}  // namespace recurra::cuda

@@ -1,0 +1,24 @@
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/wait.h"
+#include "torch/device.h"
+
+namespace recurra {
+namespace {
+
+// A line for each argument.
+std::string device_status_cuda(Tensor on) {
+  const cuda::Stream stream = stream_of(on);
+  if (cuda::is_captured(stream))
+    fail("check_status", "cannot wait for the device while a CUDA graph is captured");
+  std::string out;
+  for (const std::string& argument : cuda::take_status(stream)) out += argument + "\n";
+  return out;
+}
+
+}  // namespace
+}  // namespace recurra
+
+STABLE_TORCH_LIBRARY_IMPL(recurra, CUDA, m) {
+  m.impl("_device_status", TORCH_BOX(&recurra::device_status_cuda));
+}

@@ -1,0 +1,260 @@
+"""The ops on a GPU beside what its memory allows: ``recurra bench --device cuda``.
+
+Times are those of the device, by events around calls that are queued together; every figure stands
+beside the copy bandwidth of the same run. Where a scan splits time (few channels), it has to read
+its inputs twice, and the bytes of that form are what it is held to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import recurra
+from recurra.bench.rnn import inputs as rnn_inputs
+
+_REPEAT = 15
+_SPLIT_BELOW = 1 << 14  # bytes of a step below which linear_scan splits time
+_LARGEST = 2**28  # inputs of a case of rnn, numbers
+
+
+@dataclasses.dataclass
+class Line:
+    """A case: what is called, and what it has to do at least.
+
+    Attributes:
+        name: OP/SHAPE/DTYPE/KIND.
+        call: queues the work once.
+        bytes: what has to be moved.
+        exponentials: how many exponentials have to be taken.
+        limit: the most it may take, times the floor; None where nothing is asked.
+        note: which form it is.
+    """
+
+    name: str
+    call: Callable[[], object]
+    bytes: float
+    exponentials: float = 0
+    limit: float | None = None
+    note: str = ""
+
+
+def seconds(call: Callable[[], object], repeat: int = _REPEAT) -> float:
+    """Median time of a call on the device."""
+    call()
+    times = []
+    for _ in range(repeat):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a copy of 1 GiB."""
+    source = torch.empty(2**28, device="cuda").normal_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds(lambda: target.copy_(source))
+
+
+def exp_rate() -> float:
+    """Exponentials per second of the special function units: sixteen a cycle and multiprocessor."""
+    about = torch.cuda.get_device_properties(0)
+    clock = getattr(about, "clock_rate", 1_980_000) * 1e3
+    return 16 * about.multi_processor_count * clock
+
+
+def _normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def _both(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Callable, Callable]:
+    """The forward, and the backward alone: its graph is kept."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    y = function(*leaves)
+    dy = torch.randn_like(y)
+    return (
+        lambda: function(*inputs),
+        lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True),
+    )
+
+
+def _scan(function: Callable, rows: int, dtype: torch.dtype, n: int, arrays: tuple[int, int]):
+    """Bytes of forward and backward and the form, by how many channels there are to run."""
+    item = torch.finfo(dtype).bits // 8
+    split = rows * item < _SPLIT_BELOW
+    again = (2, 2) if split else (0, 0)
+    moved = [(one + more) * n * item for one, more in zip(arrays, again, strict=True)]
+    return moved, "time is split" if split else ""
+
+
+def _lines() -> Iterator[Line]:
+    f32, bf16 = torch.float32, torch.bfloat16
+    for shape in ((8, 4096, 2048), (1, 1048576, 64), (64, 2048, 512)):
+        for dtype in (f32, bf16):
+            a = torch.rand(shape, device="cuda").to(dtype)
+            b = _normal(*shape, dtype=dtype)
+            forward, backward = _both(lambda a, b: recurra.linear_scan(a, b)[0], a, b)
+            moved, note = _scan(forward, shape[0] * shape[2], dtype, b.numel(), (3, 5))
+            name = f"linear_scan/{'x'.join(map(str, shape))}/{str(dtype).removeprefix('torch.')}"
+            yield Line(f"{name}/forward", forward, moved[0], limit=1 / 0.85, note=note)
+            yield Line(f"{name}/backward", backward, moved[1], limit=1 / 0.8, note=note)
+    yield from _selective()
+    B, L, D = 8, 4096, 2048
+    for dtype in (f32, bf16):
+        x = _normal(B, L, D, dtype=dtype)
+        weight, bias = _normal(D, 4), _normal(D)
+        forward, backward = _both(
+            lambda x, w, b: recurra.causal_conv1d(x, w, b, activation="silu")[0], x, weight, bias
+        )
+        name = f"causal_conv1d/{B}x{L}x{D}/{str(dtype).removeprefix('torch.')}"
+        yield Line(f"{name}/forward", forward, 2 * x.nbytes, limit=1 / 0.85)
+        yield Line(f"{name}/backward", backward, 3 * x.nbytes)
+    s, v = _normal(B, L, D), _normal(B, L, D)
+    decay, bonus = torch.rand(D, device="cuda"), _normal(D)
+    forward, backward = _both(
+        lambda s, v, d, b: recurra.softmax_scan(s, v, decay=d, bonus=b)[0], s, v, decay, bonus
+    )
+    n = s.numel()
+    yield Line(f"softmax_scan/{B}x{L}x{D}/float32/forward", forward, 12 * n, 2 * n)
+    yield Line(f"softmax_scan/{B}x{L}x{D}/float32/backward", backward, 20 * n, 2 * n)
+    A, b = _normal(B, L, D // 4, 4, 4) / 4, _normal(B, L, D // 4, 4)
+    forward, backward = _both(lambda A, b: recurra.block_scan(A, b)[0], A, b)
+    moved = A.nbytes + 2 * b.nbytes
+    yield Line(f"block_scan/{B}x{L}x{D // 4}x4/float32/forward", forward, moved)
+    yield Line(
+        f"block_scan/{B}x{L}x{D // 4}x4/float32/backward", backward, 2 * A.nbytes + 3 * b.nbytes
+    )
+
+
+def _selective() -> Iterator[Line]:
+    B, L, D, N = 8, 4096, 2048, 16
+    bf16 = torch.bfloat16
+    u, z = _normal(B, L, D, dtype=bf16), _normal(B, L, D, dtype=bf16)
+    delta = (0.5 * torch.rand(B, L, D, device="cuda")).to(bf16)
+    A = -torch.rand(D, N, device="cuda") - 0.5
+    Bs, Cs = _normal(B, L, N, dtype=bf16), _normal(B, L, N, dtype=bf16)
+    skip = _normal(D)
+    forward, backward = _both(
+        lambda u, delta, A, Bs, Cs, skip, z: recurra.selective_scan(
+            u, delta, A, Bs, Cs, D=skip, z=z, delta_softplus=True
+        )[0],
+        *(u, delta, A, Bs, Cs, skip, z),
+    )
+    moved = 4 * u.nbytes + Bs.nbytes + Cs.nbytes
+    name = f"selective_scan/{B}x{L}x{D}x{N}/bfloat16"
+    n = B * L * D * N
+    yield Line(f"{name}/forward", forward, moved, n, limit=1.5)
+    yield Line(f"{name}/backward", backward, 2 * moved, n, note="at most 3.5 x forward is asked")
+
+
+def _measure(line: Line, bandwidth: float, exponentials: float) -> dict[str, object]:
+    taken = seconds(line.call)
+    floor = max(line.bytes / bandwidth, line.exponentials / exponentials)
+    ratio = taken / floor
+    verdict = ""
+    if line.limit is not None:
+        verdict = f", at most {line.limit:.2f}: {'met' if ratio <= line.limit else 'MISSED'}"
+    note = f"  ({line.note})" if line.note else ""
+    print(
+        f"{line.name:48}{taken * 1e6:10.1f} us  {line.bytes / taken * 1e-9:7.0f} GB/s"
+        f"  {ratio:6.2f} x floor{verdict}{note}"
+    )
+    return {
+        "case": line.name,
+        "seconds": taken,
+        "floor": floor,
+        "ratio": ratio,
+        "limit": line.limit,
+        "note": line.note,
+    }
+
+
+def _rnn(bandwidth: float) -> Iterator[dict[str, object]]:
+    """Sequential, Newton's method and what ``auto`` takes, by channels and length."""
+    print(f"\n{'rnn, us':24}{'sequential':>14}{'newton':>14}{'auto':>14}{'x floor':>10}")
+    for cell in ("paragru", "paralstm"):
+        G = len(recurra.cells()[cell].inputs)
+        for channels in (2**8, 2**11, 2**14, 2**15, 2**17):
+            for T in (512, 4096, 32768, 131072):
+                if channels * T * G > _LARGEST:
+                    continue
+                given = {k: v.cuda() for k, v in rnn_inputs(cell, 1, T, channels).items()}
+                times: dict[str, float | None] = {}
+                for algorithm in ("sequential", "newton", "auto"):
+
+                    def call(given=given, algorithm=algorithm, cell=cell):
+                        return recurra.rnn(**given, cell=cell, algorithm=algorithm)
+
+                    try:
+                        times[algorithm] = seconds(call, 5)
+                    except RuntimeError as error:
+                        times[algorithm] = None
+                        if "CUDA error" in str(error):
+                            raise
+                floor = 4 * channels * T * (G + 1) / bandwidth
+                words = [f"{t * 1e6:14.0f}" if t else f"{'absent':>14}" for t in times.values()]
+                ratio = times["auto"] / floor if times["auto"] else float("nan")
+                print(f"{cell:10}{channels:7}{T:7}{''.join(words)}{ratio:10.2f}")
+                yield {"case": f"rnn/{cell}/{channels}x{T}", "floor": floor, "seconds": times}
+
+
+def _steps() -> Iterator[dict[str, object]]:
+    """A step at B = 1 within a CUDA graph of many."""
+    D, many = 1536, 100
+    h, a, b = (_normal(1, D) for _ in range(3))
+    conv, x, weight = _normal(1, 3, D), _normal(1, D), _normal(D, 4)
+    state, A, B = _normal(1, D, 16), -torch.rand(D, 16, device="cuda"), _normal(1, 16)
+    info = recurra.cells()["paragru"]
+    hidden, gates = _normal(1, len(info.states), D), _normal(1, len(info.inputs), D)
+    parameters = _normal(len(info.params), D)
+    calls = {
+        "linear_scan_step": lambda: recurra.linear_scan_step(h, a, b),
+        "causal_conv1d_step": lambda: recurra.causal_conv1d_step(conv, x, weight),
+        "selective_scan_step": lambda: recurra.selective_scan_step(state, x, x, A, B, B),
+        "rnn_step": lambda: recurra.rnn_step(hidden, gates, parameters, cell="paragru"),
+    }
+    print()
+    for name, call in calls.items():
+        call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(many):
+                call()
+        taken = seconds(graph.replay) / many
+        print(f"{name:48}{taken * 1e6:10.2f} us, at most 6: {'met' if taken <= 6e-6 else 'MISSED'}")
+        yield {"case": name, "seconds": taken, "ratio": taken / 6e-6, "limit": 1.0}
+
+
+def run() -> dict[str, object]:
+    """Prints the whole table and returns it.
+
+    Raises:
+        RuntimeError: there is no GPU, or the CUDA library is not loaded.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("recurra bench --device cuda needs a GPU, and torch finds none")
+    bandwidth, exponentials = copy_bandwidth(), exp_rate()
+    about = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "copy_bytes_per_second": bandwidth,
+        "exponentials_per_second": exponentials,
+    }
+    print(
+        f"{about['device']}, torch {torch.__version__}, copies at {bandwidth * 1e-9:.0f} GB/s, "
+        f"{exponentials * 1e-9:.0f} exponentials a ns at most\n"
+    )
+    results: list[dict[str, object]] = []
+    for line in _lines():
+        results.append(_measure(line, bandwidth, exponentials))
+    results += _rnn(bandwidth)
+    results += _steps()
+    return {"machine": about, "cases": results}
