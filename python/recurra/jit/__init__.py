@@ -1,0 +1,195 @@
+"""Cells that users write in C++, compiled when they are made.
+
+The text is that of a header of the library's own cells, and it runs under the same engines, with
+the bits that the cell would have in the library: on the CPU through the system's C++ compiler, on
+a GPU through NVRTC.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recurra._check import check_offsets, fail
+from recurra.jit import compile as compiling
+from recurra.jit import gpu
+from recurra.jit import source as text
+from recurra.jit.call import Sequences
+from recurra.jit.compile import CompileError
+from recurra.jit.cpu import Library
+from recurra.ops import _register
+from recurra.ops.rnn import _CHUNK, _LANES, _fake_forward
+
+__all__ = ["Cell", "CompileError", "cell"]
+
+
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, library, sequences, *tensors):
+        return library.backward(sequences, *tensors)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        raise RuntimeError("recurra: second derivative of rnn is not implemented")
+
+
+class _Rnn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, library, sequences, results, x, params, h0):
+        y, h_last, passes, mismatch = results
+        padded = -(-x.shape[3] // _LANES) * _LANES
+        saved = h_last.new_empty(sequences.chunks(_CHUNK), h_last.shape[1], padded)
+        library.forward(sequences, x, params, h0, y, h_last, saved)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(passes, mismatch)
+        ctx.library, ctx.sequences = library, sequences
+        ctx.save_for_backward(saved, x, params, h0)
+        return results
+
+    @staticmethod
+    def backward(ctx, dy, dh_last, *_):
+        dy, dh_last = (None if d is None else d.resolve_neg() for d in (dy, dh_last))
+        gradients = _Backward.apply(ctx.library, ctx.sequences, dy, dh_last, *ctx.saved_tensors)
+        needed = ctx.needs_input_grad[3:]
+        return None, None, None, *(g if n else None for g, n in zip(gradients, needed, strict=True))
+
+
+class Cell:
+    """A compiled cell, made by :func:`cell`.
+
+    It is called like :func:`recurra.rnn`, or given to it as ``cell``.
+
+    Attributes:
+        source: its text.
+        info: its names.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._struct, self.info = text.read(source)
+        self._libraries: dict[str, Library] = {}
+        self._kernels = gpu.Kernels(self.info, gpu.Device(source, self._struct, self.info))
+        if compiling.compiler() is not None:
+            self._library()
+
+    def __repr__(self) -> str:
+        info = self.info
+        return f"jit.Cell({info.name}, inputs=({', '.join(info.inputs)}))"
+
+    def _library(self) -> Library:
+        isa = torch.ops.recurra._isa()
+        if isa not in self._libraries:
+            self._libraries[isa] = Library(self.source, self._struct, self.info)
+        return self._libraries[isa]
+
+    def cubin(self, arch: str = "sm_90") -> bytes:
+        """The machine code of the forward and the backward for a GPU, by NVRTC.
+
+        Needs the extra ``cuda`` of the package and no GPU. What it compiles is kept, so that the
+        first call on a GPU of that architecture only loads it.
+
+        Args:
+            arch: the architecture, such as "sm_80", "sm_90" or "sm_120".
+
+        Raises:
+            CompileError: the source does not compile.
+            RuntimeError: ``cuda.core`` or NVRTC is not installed, or does not know ``arch``.
+            ValueError: the step has more elementary functions than a kernel has room for.
+        """
+        return gpu.cubin(gpu.program(self.source, self._struct, self.info), arch)[0]
+
+    def __call__(self, x: Tensor, params: Tensor, h0: Tensor | None = None, **options):
+        return self.rnn(x, params, h0, **options)
+
+    def rnn(
+        self,
+        x: Tensor,
+        params: Tensor,
+        h0: Tensor | None = None,
+        *,
+        algorithm: str = "auto",
+        chunk: int | None = None,
+        max_passes: int | None = None,
+        on_fail: str = "sequential",
+        return_states: bool = False,
+        reset: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What :func:`recurra.rnn` does for this cell; ``algorithm`` is "auto" or "sequential"."""
+        with torch.no_grad():
+            y, h_last, passes, mismatch = _fake_forward(
+                "rnn",
+                x,
+                params,
+                h0,
+                cell=self.info,
+                algorithm=algorithm,
+                chunk=chunk,
+                max_passes=max_passes,
+                on_fail=on_fail,
+                return_states=return_states,
+                reset=reset,
+                cu_seqlens=cu_seqlens,
+            )
+        if algorithm not in ("auto", "sequential"):
+            fail(
+                "rnn",
+                'algorithm must be "auto" or "sequential" for a cell of recurra.jit, got '
+                f'"{algorithm}"',
+            )
+        if x.device.type not in ("cpu", "cuda"):
+            fail("rnn", f"x must be on cpu or cuda for a cell of recurra.jit, got {x.device.type}")
+        on_cpu = x.device.type == "cpu"
+        offsets = None
+        if cu_seqlens is not None and on_cpu:
+            offsets = check_offsets("rnn", cu_seqlens, x.shape[1])
+        # The kernels read the memory, to which a negation that torch has put off is unknown.
+        x, params = x.resolve_neg(), params.resolve_neg()
+        h0 = None if h0 is None else h0.resolve_neg()
+        recorded = _register.differentiated("rnn", (x, params, h0))
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "recurra: rnn with a cell of recurra.jit under torch.func is not implemented; use "
+                "torch.autograd"
+            )
+        if reset is not None and recorded:
+            reset = reset.clone()  # the backward reads it, whatever was written there since
+        packed = None if on_cpu else cu_seqlens
+        if packed is not None and recorded:
+            packed = packed.clone()
+        sequences = Sequences(h_last.shape[0], x.shape[1], offsets, reset, packed)
+        results = (y, h_last, passes.zero_(), mismatch.zero_())
+        library = self._library() if on_cpu else self._kernels
+        if recorded:
+            return _Rnn.apply(library, sequences, results, x, params, h0)
+        library.forward(sequences, x, params, h0, y, h_last, None)
+        return results
+
+
+def cell(source: str) -> Cell:
+    """Compiles a cell.
+
+    ``source`` is the struct of a cell as in a header of csrc/cells, with or without what stands
+    around it there: ``name``, ``inputs``, ``states``, ``params``, ``affine_params`` and ``output``,
+    and ``step`` in the functions of csrc/math. On a machine with a C++ compiler that happens here
+    and takes some seconds; the result is kept in a folder of the user's, by all that it is made of.
+
+    Compiling runs the compiler on ``source`` and using the cell runs what it says: it must be text
+    that you would also build as a program.
+
+    Args:
+        source: the text in C++.
+
+    Returns:
+        A cell to be called like :func:`recurra.rnn`, or to be given to it.
+
+    Raises:
+        CompileError: it does not compile; the message has the compiler's own, in which ``cell.h``
+            is ``source``.
+        ValueError: it does not hold one cell with its names, or the derivatives that the engines
+            take are not those of its step.
+        RuntimeError: the folder of compiled cells cannot be used.
+    """
+    if not isinstance(source, str):
+        raise ValueError(f"jit.cell: source must be text, got {type(source).__name__}")
+    return Cell(source)

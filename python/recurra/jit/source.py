@@ -1,0 +1,87 @@
+"""What the text of a cell says of itself."""
+
+from __future__ import annotations
+
+import re
+
+from recurra.ops.rnn import CellInfo
+
+# Of csrc/rnn/cell_rows.h.
+MOST = {"inputs": 4, "states": 4, "params": 8}
+
+_COMMENT = re.compile(r'("(?:[^"\\\n]|\\.)*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
+_STRUCT = re.compile(r"\b(?:struct|class)\s+([A-Za-z_]\w*)\s*(?:final\s*)?\{")
+_NAMESPACE = re.compile(r"\bnamespace\s+recurra\s*::\s*RECURRA_ISA\s*\{")
+_NAME = re.compile(r'\bname\s*=\s*"(\w+)"')
+_FUNCTION = re.compile(r"\b(exp|sigmoid|tanh|softplus|silu)\s*\(")
+_OUTPUT = re.compile(r"\boutput\s*=\s*(\d+)\s*;")
+
+
+def _fail(message: str) -> None:
+    raise ValueError(f"jit.cell: {message}")
+
+
+def _names(text: str, what: str) -> tuple[str, ...]:
+    found = re.findall(rf"\b{what}\s*=\s*names\(([^()]*)\)", text)
+    if len(found) != 1:
+        _fail(
+            f'source must hold one cell, with one line `static constexpr auto {what} = names("...")'
+            f";`, got {len(found)}"
+        )
+    names = tuple(name.strip() for name in found[0].split(",")) if found[0].strip() else ()
+    if not all(re.fullmatch(r'"\w+"', name) for name in names):
+        _fail(f"{what} must be names in quotes, got {found[0]:.60}")
+    names = tuple(name.strip('"') for name in names)
+    least = 0 if what == "params" else 1
+    if not least <= len(names) <= MOST[what]:
+        _fail(f"{what} must be from {least} to {MOST[what]} names, got {len(names)}")
+    return names
+
+
+def read(source: str) -> tuple[str, CellInfo]:
+    """The struct of a cell, as C++ finds it from the namespace of the engines, and its names.
+
+    Raises:
+        ValueError: the text is not one cell; says what it must have.
+    """
+    text = _COMMENT.sub(lambda found: found[1] or " ", source)
+    inputs, states, params = (_names(text, what) for what in MOST)
+    begin = re.search(r"\binputs\s*=\s*names\(", text).start()
+    structs = [found[1] for found in _STRUCT.finditer(text, 0, begin)]
+    if not structs:
+        _fail("source must hold a struct with the names and the step of a cell")
+    output = _OUTPUT.findall(text)
+    if len(output) != 1 or int(output[0]) >= len(states):
+        _fail(
+            "source must say which state is the output, `static constexpr int output = N;` with "
+            f"N < {len(states)}, got {', '.join(output) or 'nothing'}"
+        )
+    name = _NAME.search(text)
+    struct = structs[-1] if _NAMESPACE.search(text) else f"jit::{structs[-1]}"
+    called = name[1] if name else structs[-1]
+    return struct, CellInfo(called, inputs, states, params, states[int(output[0])], {})
+
+
+def kept(source: str) -> int:
+    """The most numbers that a tape of csrc/math/taped.h holds of a step, by the functions that the
+    text names."""
+    text = _COMMENT.sub(lambda found: found[1] or " ", source)
+    return sum(1 + (name in ("softplus", "silu")) for name in _FUNCTION.findall(text))
+
+
+def program(source: str, struct: str, info: CellInfo) -> str:
+    """The text of a cell, whose lines keep their numbers, in the namespace of the engines.
+
+    Behind it stand their includes.
+    """
+    begin, end = ("namespace recurra::RECURRA_ISA::jit {", "}") if "::" in struct else ("", "")
+    sizes = (("inputs", info.inputs), ("states", info.states), ("params", info.params))
+    same = "".join(
+        f"static_assert(decltype(The::{what})::size == {len(names)});\n" for what, names in sizes
+    )
+    return (
+        f'#include "recurra/cells/pack.h"\n{begin}\n#line 1 "cell.h"\n{source}\n'
+        f'#line 1 "program"\n{end}\n#define RECURRA_CELL {struct}\n'
+        f"namespace recurra::RECURRA_ISA {{\nusing The = {struct};\n{same}"
+        f"static_assert(The::output == {info.states.index(info.output)});\n}}\n"
+    )

@@ -1,0 +1,305 @@
+"""Cells at run time: the stock ones through NVRTC, and those of a user on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+import recurra
+from recurra.jit import compile as compiling
+
+compiler = pytest.mark.skipif(compiling.compiler() is None, reason="no C++ compiler")
+nvrtc = pytest.mark.skipif(
+    importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None,
+    reason="cuda.core is not installed: pip install 'recurra[cuda]'",
+)
+
+
+# The forward in float on every architecture; what takes as long again each on one of them.
+@nvrtc
+@pytest.mark.parametrize(
+    "arch, kernels",
+    [
+        ("sm_80", ("advance<CELL, float>",)),
+        ("sm_90", ("advance<CELL, float>", "advance<CELL, double>")),
+        ("sm_120", ("advance<CELL, float>", "walk_back<CELL, float>")),
+    ],
+)
+def test_nvrtc_compiles_every_stock_cell(arch, kernels):
+    from cuda.core import Program, ProgramOptions
+
+    backward = [kernel for kernel in kernels if "back" in kernel]
+    options = ProgramOptions(
+        arch=arch,
+        std="c++20",
+        fma=False,
+        device_as_default_execution_space=True,
+        use_bundled_headers=False,
+        include_path=recurra.include_path(),
+        define_macro=[("RECURRA_ISA", "cuda"), ("BACKWARD", "1" if backward else "0")],
+    )
+    # C++ has the names of the cells; this finds their kernels by number.
+    source = """
+        #include "recurra/math/taped.h"
+        #include "recurra/rnn/rnn.cu"
+        #if BACKWARD
+        #include "recurra/rnn/backward_f32.cu"
+        #endif
+        namespace recurra::cuda {
+        template <int N, class First, class... Rest>
+        auto cell(CellList<First, Rest...>) {
+          if constexpr (N == 0) return First{};
+          else return cell<N - 1>(CellList<Rest...>{});
+        }
+        template <int N> using CellAt = decltype(cell<N>(Cells{}));
+        }
+    """
+    names = [
+        f"recurra::cuda::rnn_detail::{kernel}".replace("CELL", f"recurra::cuda::CellAt<{n}>")
+        for n in range(len(recurra.cells()))
+        for kernel in kernels
+    ]
+    cubin = Program(source, "c++", options).compile("cubin", name_expressions=names)
+    assert cubin.code[:4] == b"\x7fELF"
+    assert len(set(cubin.symbol_mapping.values())) == len(names)
+
+
+# ---- cells of a user -----------------------------------------------------------------------------
+
+# Two states, a parameter that is not affine and one that is.
+LEAKY = """
+// A leaky pair.
+struct Leaky {
+  static constexpr const char* name = "leaky";
+  static constexpr auto inputs = names("x", "gate");
+  static constexpr auto states = names("c", "h");
+  static constexpr auto params = names("a", "rate");
+  static constexpr auto affine_params = affine(Affine{0, 0, 1});
+  static constexpr int output = 1;
+
+  template <class X, class H, class P>
+  RECURRA_FN static auto step(X inputs, H states, P params) {
+    auto [x, gate] = inputs;
+    auto [c, h] = states;
+    auto [a, rate] = params;
+    auto f = sigmoid(gate * rate);
+    auto new_c = fma(f, c, (1 - f) * fma(a, h, x));
+    return pack(new_c, tanh(new_c));
+  }
+};
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("jit") / "cells"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECURRA_JIT_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def leaky(cache):
+    return recurra.jit.cell(LEAKY)
+
+
+def example(dtype=torch.float64, B=2, T=70, N=5):
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    x, params = torch.randn(B, T, 2, N, dtype=dtype), torch.randn(2, N, dtype=dtype)
+    return [t.requires_grad_() for t in (x, params, torch.randn(B, 2, N, dtype=state))]
+
+
+@compiler
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_header_has_the_bits_of_the_librarys_own_cell(cache, dtype):
+    name = "janet"
+    path = Path(recurra.include_path(), "recurra", "cells", f"{name}.h")
+    cell, info = recurra.jit.cell(path.read_text()), recurra.cells()[name]
+    assert cell.info._replace(affine=info.affine) == info
+    K = len(info.states)
+    x = torch.randn(1, 200, len(info.inputs), 20, dtype=dtype, requires_grad=True)
+    params = torch.randn(len(info.params), 20, dtype=dtype, requires_grad=True)
+    held = torch.float64 if dtype == torch.float64 else torch.float32
+    packed = torch.tensor([0, 33, 33, 150, 200])
+    for options in (
+        {},
+        {"return_states": True, "reset": torch.rand(1, 200) < 0.1},
+        {"cu_seqlens": packed},
+    ):
+        S = 4 if "cu_seqlens" in options else 1
+        h0 = torch.randn(S, K, 20, dtype=held, requires_grad=True)
+        results = []
+        for run, more in ((recurra.rnn, {"cell": name, "algorithm": "sequential"}), (cell, {})):
+            y, h_last, passes, mismatch = run(x, params, h0, **more, **options)
+            loss = y.float().square().sum() + h_last.sum()
+            grads = torch.autograd.grad(loss, (x, params, h0))
+            results.append((y, h_last, passes, mismatch, *grads))
+        for ours, theirs in zip(*results, strict=True):
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@compiler
+def test_gradients(leaky):
+    x, params, h0 = example(T=7)
+    assert gradcheck(lambda *a: leaky(*a, return_states=True)[:2], (x, params, h0))
+    y, h_last, *_ = recurra.rnn(x, params, h0, cell=leaky)
+    assert torch.equal(y, leaky(x, params, h0)[0])
+    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative of rnn is not implemented"):
+        dx.sum().backward()
+    (only,) = torch.autograd.grad(leaky(x.detach(), params)[1].sum(), params)
+    assert only.isfinite().all()
+
+
+@compiler
+def test_lazy_negation(leaky):
+    def negated(t):
+        """t, as what torch gets from the imaginary part of a conjugate: memory holds -t."""
+        lazy = torch.complex(torch.zeros_like(t), -t).conj().imag
+        assert lazy.is_neg() and torch.equal(lazy, t)
+        return lazy
+
+    given = [t.detach() for t in example()]
+    cots = torch.randn(2, 70, 5).double(), torch.randn(2, 2, 5).double()
+    results = []
+    for of in (lambda t: t, negated):
+        leaves = [t.requires_grad_() for t in given]
+        y, h_last, *_ = leaky(*map(of, leaves))
+        grads = torch.autograd.grad((y, h_last), leaves, [of(c) for c in cots])
+        results.append((y, h_last, *grads))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+@compiler
+def test_strides_and_empty_sizes(leaky):
+    x, params, h0 = (t.detach() for t in example())
+    y, h_last, *_ = leaky(x, params, h0)
+    strided = torch.empty(5, 2, 70, 2).permute(2, 1, 3, 0).transpose(0, 1).double()
+    again, *_ = leaky(strided.copy_(x), params.T.contiguous().T, h0)
+    assert torch.equal(again, y)
+    for B, T, N in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
+        shape = (torch.zeros(B, T, 2, N), torch.zeros(2, N), torch.ones(B, 2, N))
+        y, h_last, *_ = leaky(*(t.requires_grad_() for t in shape))
+        (y.sum() + h_last.sum()).backward()
+        assert y.shape == (B, T, N) and h_last.shape == (B, 2, N)
+        assert shape[2].grad.shape == (B, 2, N)
+
+
+@compiler
+def test_compiled_once_and_again_where_damaged(leaky, cache, monkeypatch):
+    (path,) = (p for p in cache.iterdir() if p.name in str(leaky._library()._library))
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    assert not [p for p in cache.iterdir() if p.name.startswith(".tmp-")]
+    runs = []
+    monkeypatch.setattr(compiling, "_run", lambda command, folder: runs.append(command) or "no")
+    recurra.jit.cell(LEAKY)
+    assert not runs
+    # In its place, since the library that is loaded lives in the old file.
+    whole = path.read_bytes()
+    path.unlink()
+    path.write_bytes(whole[:-40])
+    with pytest.raises(recurra.jit.CompileError):
+        recurra.jit.cell(LEAKY)
+    assert runs
+    path.unlink()
+    path.write_bytes(whole)
+
+
+@compiler
+def test_errors_have_the_lines_of_the_text(cache):
+    wrong = LEAKY.replace("sigmoid(", "sigmoyd(")
+    line = next(n for n, text in enumerate(wrong.split("\n"), 1) if "sigmoyd" in text)
+    with pytest.raises(recurra.jit.CompileError, match=rf"cell\.h:{line}:\d+: .*sigmoyd") as raised:
+        recurra.jit.cell(wrong)
+    assert len(str(raised.value)) < 3000
+
+
+@compiler
+def test_wrong_affine_params_are_found(cache):
+    with pytest.raises(ValueError, match="the derivatives of leaky are not those of its step"):
+        recurra.jit.cell(LEAKY.replace("Affine{0, 0, 1}", "Affine{0, 0, 0}"))
+
+
+def test_without_a_compiler(cache, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    cell = recurra.jit.cell(LEAKY)
+    with pytest.raises(RuntimeError, match="apt-get install g\\+\\+"):
+        cell(*example())
+    monkeypatch.setenv("CXX", "/nowhere/c++ -O")
+    with pytest.raises(RuntimeError, match="the compiler /nowhere/c\\+\\+ -O: .*No such file"):
+        recurra.jit.cell(LEAKY)
+
+
+def test_the_folder_must_be_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.delenv("RECURRA_JIT_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = compiling.folder()
+    assert folder == tmp_path / "recurra" and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(0o777)
+    with pytest.raises(RuntimeError, match="other users may write to the folder"):
+        compiling.folder()
+    folder.chmod(0o700)
+    monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(RuntimeError, match="belongs to another user.*RECURRA_JIT_CACHE"):
+        compiling.folder()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (('names("c", "h")', "lists"), "static constexpr auto states = names"),
+        (('names("c", "h")', "names()"), "states must be from 1 to 4 names, got 0"),
+        (("names(" + '"x", "gate")', "names(x)"), "inputs must be names in quotes, got x"),
+        (("output = 1", "output = 2"), "N < 2, got 2"),
+        (("struct Leaky {", ""), "must hold a struct"),
+    ],
+)
+def test_what_is_not_a_cell(change, message):
+    with pytest.raises(ValueError, match="jit.cell: ") as raised:
+        recurra.jit.cell(LEAKY.replace(*change))
+    assert message in str(raised.value)
+
+
+@compiler
+def test_refusals(leaky):
+    x, params, h0 = (t.detach() for t in example())
+    with pytest.raises(RuntimeError, match="rnn: x must have G = 2 for the inputs of leaky"):
+        leaky(x[:, :, :1], params, h0)
+    with pytest.raises(RuntimeError, match='rnn: algorithm must be "auto" or "sequential"'):
+        leaky(x, params, h0, algorithm="newton")
+    with pytest.raises(RuntimeError, match="rnn: cu_seqlens must end at T = 70, got 69"):
+        leaky(x[:1], params, cu_seqlens=torch.tensor([0, 69]))
+    with pytest.raises(RuntimeError, match="rnn: x must be on cpu or cuda.*got meta"):
+        leaky(x.to("meta"), params.to("meta"))
+    with pytest.raises(RuntimeError, match="forward-mode|torch.func"):
+        torch.func.grad(lambda x: leaky(x, params)[0].sum())(x)
+
+
+@nvrtc
+def test_cubin(cache, monkeypatch):
+    monkeypatch.setattr(compiling, "compiler", lambda: None)
+    cell = recurra.jit.cell(LEAKY)
+    first = cell.cubin("sm_80")
+    assert first[:4] == b"\x7fELF" and cell.cubin("sm_80") == first != cell.cubin("sm_90")
+    wrong = LEAKY.replace("sigmoid(", "sigmoyd(")
+    line = next(n for n, text in enumerate(wrong.split("\n"), 1) if "sigmoyd" in text)
+    with pytest.raises(recurra.jit.CompileError, match=rf"cell\.h\({line}\): error"):
+        recurra.jit.cell(wrong).cubin()
+    with pytest.raises(RuntimeError, match="jit.cell: "):
+        cell.cubin("sm_1")
+
+
+def test_cubin_without_cuda_core(cache, monkeypatch):
+    monkeypatch.setattr(compiling, "compiler", lambda: None)
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    with pytest.raises(RuntimeError, match=r"pip install 'recurra\[cuda\]'"):
+        recurra.jit.cell(LEAKY).cubin()
