@@ -27,8 +27,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 MIB = 1 << 20
-LIMITS = {"_ops_cpu.so": 20 * MIB, "_ops_cuda.so": 100 * MIB}
-OTHER_LIMIT = 4 * MIB  # the pybind11 module
+LIMITS = {"_ops_cpu.so": 20 * MIB, "_ops_cuda.so": 100 * MIB, "librecurra.so": 20 * MIB}
+WITH_KERNELS = ("_ops_cpu.so", "librecurra.so")
+OTHER_LIMIT = 20 * MIB  # the pybind11 module, which has the kernels too
 WHEEL_LIMIT = {False: 20 * MIB, True: 120 * MIB}  # without and with the CUDA library
 # What torch brings, and what glibc is made of, in one piece or, before 2.34, in several.
 NEEDED = re.compile(
@@ -40,6 +41,8 @@ NEEDED = re.compile(
 EXPORTED = re.compile(
     r"PyInit__native|_ZT[ISV]N?K?St\w*|_ZGV(Z?N)?K?St\w*|_ZZ?N?K?St\w*|__bss_start|_edata|_end"
 )
+# What librecurra.so is there for: functions of the namespace, but not one for each instruction set.
+EXPORTED_KERNELS = re.compile(r"_ZN7recurra(?!4avx2|6avx512|6scalar)\d+[a-z_\d]+E\w+")
 DIST_INFO = (
     "METADATA",
     "RECORD",
@@ -48,8 +51,12 @@ DIST_INFO = (
     "licenses/LICENSE",
     "sboms/recurra.cdx.json",
 )
-# csrc/NAME/NAME.h, and every header of these folders.
-HEADERS = re.compile(r"csrc/((cells|cuda|math|simd)/[\w.]+\.h|[\w.]+\.h|(\w+)/\3\.h)")
+# What find_package(recurra) reads.
+CMAKE = ("config", "config-version", "targets", "targets-release")
+# csrc/NAME/NAME.h, every header of these folders, and what recurra.jit compiles.
+HEADERS = re.compile(
+    r"csrc/((cells|cuda|math|simd)/[\w.]+\.h|[\w.]+\.h|(\w+)/\3\.h|rnn/[\w.]+|parallel\.cpp)"
+)
 MACHINES = {"x86_64": "X86-64", "aarch64": "AArch64"}
 # Instructions that older machines lack: with a VEX or EVEX prefix, all of those that begin with v.
 WIDE = re.compile(
@@ -101,7 +108,9 @@ def source_files(root: Path) -> list[str]:
 def expected_files(tree: Iterable[str], name: Name, cuda: bool) -> set[str]:
     """The files of a wheel, from those of the tree that it was built from."""
     files = {f"recurra-{name.version}.dist-info/{file}" for file in DIST_INFO}
-    files |= {"recurra/_ops_cpu.so", f"recurra/{name.native}"}
+    files |= {"recurra/_ops_cpu.so", f"recurra/{name.native}", "recurra/lib/librecurra.so"}
+    files |= {f"recurra/lib/cmake/recurra/recurra-{file}.cmake" for file in CMAKE}
+    files.add("recurra/include/recurra/simd/flags.txt")
     if cuda:
         files.add("recurra/_ops_cuda.so")
     for path in tree:
@@ -185,6 +194,8 @@ def check_library(name: str, dynamic: str, segments: str, symbols: str, size: in
             problems.append(f"needs {needed}")
     if name.startswith("_ops_") and "[libtorch_cpu.so]" not in dynamic:
         problems.append("does not need libtorch_cpu.so, so that torch need not be loaded first")
+    if name == "librecurra.so" and "torch" in dynamic:
+        problems.append("needs torch")
     for tag in ("RPATH", "RUNPATH", "TEXTREL"):
         if f"({tag})" in dynamic:
             problems.append(f"has {tag}")
@@ -196,7 +207,8 @@ def check_library(name: str, dynamic: str, segments: str, symbols: str, size: in
         problems.append("has a segment that is writable and executable")
     for line in symbols.splitlines():
         symbol = line.split()[-1].split("@")[0]
-        if not EXPORTED.fullmatch(symbol):
+        kernel = name == "librecurra.so" and EXPORTED_KERNELS.fullmatch(symbol)
+        if not kernel and not EXPORTED.fullmatch(symbol):
             problems.append(f"exports {symbol}")
     if size > LIMITS.get(name, OTHER_LIMIT):
         problems.append(f"has {size} bytes, at most {LIMITS.get(name, OTHER_LIMIT)} are allowed")
@@ -228,7 +240,8 @@ def check_code(name: str, code: str) -> list[str]:
                 seen.add(isa[1] or "recurra")
         elif (found := WIDE.search(line)) and not re.search(r"7recurra(4avx2|6avx512)", function):
             problems.append(f"{name}: {found[0].strip()} in {function}, which must run anywhere")
-    wanted = {"4avx2", "6avx512", "6scalar"} if name == "_ops_cpu.so" else set()
+    kernels = name in WITH_KERNELS or name.startswith("_native.")
+    wanted = {"4avx2", "6avx512", "6scalar"} if kernels else set()
     if not wanted <= seen or not seen:
         problems.append(f"{name}: its functions have no names, so what may run cannot be told")
     return problems[:10]

@@ -53,7 +53,8 @@ XFAIL = re.compile(r"\bxfail\b")
 UNNAMED = re.compile(r"\bnamespace\s*\{")
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
 # An include points at its own layer or a lower one. A folder that is not named here is an op.
-LAYERS = {"simd": 0, "math": 1, "cells": 2, "": 3, "cuda": 3, "torch": 5, "python": 5}
+# csrc/torch is also compiled without torch, over csrc/native, into the module of csrc/python.
+LAYERS = {"simd": 0, "math": 1, "cells": 2, "": 3, "cuda": 3, "native": 4, "torch": 5, "python": 6}
 OP = 4
 
 
@@ -75,7 +76,7 @@ def check_includes(path: str, text: str) -> list[str]:
                 problems.append(f"<{name}> belongs in csrc/torch and csrc/python only")
             continue
         other, theirs = layer(name)
-        if theirs > own or (theirs == own == 5 and other != folder):
+        if theirs > own:
             problems.append(f'an include never points upward: "{name}"')
     return problems
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What takes too long for ci/test.sh: the nightly tier of the tests, the Python suite under
-# AddressSanitizer and UBSan, tests/cpp under ThreadSanitizer and Valgrind, ten minutes of fuzzing.
-# FUZZ_SECONDS changes the last.
+# AddressSanitizer and UBSan, tests/cpp under ThreadSanitizer and Valgrind, ten minutes of fuzzing,
+# the accuracies of `recurra diag`. FUZZ_SECONDS changes the fuzzing.
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 setup_environment
@@ -37,6 +37,14 @@ python -m pip install -q --no-build-isolation --no-deps --target "$SITE" \
 preload="$("${CXX:-g++}" -print-file-name=libasan.so) $("${CXX:-g++}" -print-file-name=libstdc++.so.6)"
 RECURRA_TEST_TIER=quick LD_PRELOAD="$preload" PYTHONPATH="$SITE" \
   ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 python -m pytest
+
+say "accuracies of the diagnostics"
+for task in parity flipflop evenpair s3 recall; do
+  recurra diag "$task" --min-acc 0.99 --picture "$BUILD/$task.png"
+done
+for mixer in lru s4d; do
+  recurra diag digits --mixer "$mixer" --min-acc 0.95 --picture "$BUILD/digits-$mixer.png"
+done
 
 say "pytest, nightly tier"
 exec python -m pytest "$@"

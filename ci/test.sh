@@ -10,6 +10,7 @@ install_package test -C cmake.define.RECURRA_CUDA_ARCHITECTURES=90-real
 say "lint"
 python ci/lint.py
 python ci/lint.py --objects "$BUILD/package"
+python ci/cuda_budget.py "$BUILD/package"
 build_cpp_tests asan address,undefined
 ctest --test-dir "$CPP" -j 2 --no-tests=error --output-on-failure
 say "pytest"

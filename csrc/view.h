@@ -1,6 +1,6 @@
 // What a kernel receives: raw pointers with sizes and strides, never a tensor.
 #pragma once
-#include <cstdint>
+#include "integers.h"
 
 namespace recurra {
 

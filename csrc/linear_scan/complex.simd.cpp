@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kTile = 4096;            // numbers of a tile
 constexpr int64_t kWidest = 512;           // channels of a row
 constexpr int64_t kAhead = 16;             // rows by which parts of rows are prefetched
+constexpr int kTogether = 4;               // steps that a gradient takes in registers
 constexpr int64_t kStreamFrom = 8 << 20;   // bytes of output that no cache is asked to hold
 constexpr int64_t kSerialBelow = 1 << 11;  // elements that threads would not make faster
 
@@ -126,7 +127,7 @@ void forward(const LinearScan& args) {
     const int64_t length = s.length();
     if (length > 0) {
       Gate<T> gate(a, args.log_a, nc, width);
-      const bool ahead = nc < channels && pairs_in_place<T>(b, nc);
+      const bool ahead = (nc < channels || b.stride_t < 0) && pairs_in_place<T>(b, nc);
       for (int64_t t0 = 0; t0 < length; t0 += shape.steps) {
         const int64_t steps = length - t0 < shape.steps ? length - t0 : shape.steps;
         const Tile<T> ta = gate.at(t0, steps);
@@ -187,6 +188,7 @@ void backward(const LinearScanBackward& args) {
     const int64_t nc = channels - c0 < shape.channels ? channels - c0 : shape.channels;
     Buffer<T> buffer_h, buffer_d;
     Row<T> carry, first, group;  // group: sums of kGroup steps of the gradient of a
+    const T* before[kTogether];
     for (int64_t n = task / shape.blocks * owned, end = n + owned; n < end; ++n) {
       const Sequence s = args.sequences[n];
       const int64_t length = s.length();
@@ -214,26 +216,39 @@ void backward(const LinearScanBackward& args) {
           Tile<T> td{nullptr, 0};
           if (dh) td = load_pairs<T>(dh.at(t0, 0), steps, nc, buffer_d, width);
           const Tile<T> to_a = da.at(t0), to_b = db.at(t0);
-          for (int64_t t = 0; t < steps; ++t) {
-            const T* before = last && t == steps - 1 ? first : th.row(t);
-            if (ahead && t0 + t + kAhead + 1 < length) {
-              prefetch_row(a, t0 + t + kAhead, nc);
-              prefetch_row(h, t0 + t + kAhead + 1, nc);
-              if (dh) prefetch_row(dh, t0 + t + kAhead, nc);
+          for (int64_t t = 0, done; t < steps; t += done) {
+            done = steps - t < kTogether ? 1 : kTogether;
+            for (int64_t i = 0; i < done; ++i) {
+              before[i] = last && t + i == steps - 1 ? first : th.row(t + i);
+              if (!ahead || t0 + t + i + kAhead + 1 >= length) continue;
+              prefetch_row(a, t0 + t + i + kAhead, nc);
+              prefetch_row(h, t0 + t + i + kAhead + 1, nc);
+              if (dh) prefetch_row(dh, t0 + t + i + kAhead, nc);
             }
-            for (int64_t c = 0; c < 2 * nc; c += kLanes) {
-              Vec<T> g = Vec<T>::load(carry + c);
-              if (dh) g = Vec<T>::load(td.row(t) + c) + g;
-              const Vec<T> ag = conj_factor(Vec<T>::load(ta.row(t) + c)) * g;
-              ag.store(carry + c);
-              db.put(to_b.row(t) + c, g);
-              const Vec<T> d = conj_factor(Vec<T>::load(before + c)) * (args.log_a ? ag : g);
-              if (!over_time)
-                da.put(to_a.row(t) + c, d);
-              else
-                ((t0 + t) % kGroup ? Vec<T>::load(group + c) + d : d).store(group + c);
-            }
-            if (over_time && ((t0 + t) % kGroup == kGroup - 1 || t0 + t + 1 == length))
+            const bool begins = (t0 + t) % kGroup == 0;
+            const auto walk = [&](auto count) RECURRA_LAMBDA {
+              for (int64_t c = 0; c < 2 * nc; c += kLanes) {
+                Vec<T> carried = Vec<T>::load(carry + c), total = Vec<T>::load(group + c);
+                Factor<T> gate_t = conj_factor(Vec<T>::load(ta.row(t) + c));
+#pragma GCC unroll 4
+                for (int i = 0; i < count.value; ++i) {
+                  if (i && ta.stride) gate_t = conj_factor(Vec<T>::load(ta.row(t + i) + c));
+                  const Vec<T> g = dh ? Vec<T>::load(td.row(t + i) + c) + carried : carried;
+                  carried = gate_t * g;
+                  db.put(to_b.row(t + i) + c, g);
+                  const Vec<T> d =
+                      conj_factor(Vec<T>::load(before[i] + c)) * (args.log_a ? carried : g);
+                  if (over_time)
+                    total = i || !begins ? total + d : d;
+                  else
+                    da.put(to_a.row(t + i) + c, d);
+                }
+                carried.store(carry + c);
+                if (over_time) total.store(group + c);
+              }
+            };
+            done == 1 ? walk(Index<1>{}) : walk(Index<kTogether>{});
+            if (over_time && ((t0 + t + done) % kGroup == 0 || t0 + t + done == length))
               accumulate_pairs<T>(args.a, sums, 1, nc, group, width);
           }
           db.done(t0, steps);

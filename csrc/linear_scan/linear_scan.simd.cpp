@@ -57,14 +57,15 @@ Tile<T> load_gate(const Plane& p, bool log_a, int64_t steps, int64_t channels, T
   return {buffer, width};
 }
 
-// h and the state, where every tensor lies row by row.
+// h and the state, where every tensor lies row by row. The machine foresees what it will read where
+// that is one ascending stream.
 template <class T, DType S>
 void forward_rows(const Plane& a, const Plane& b, const Plane& h, bool log_a, int64_t steps,
-                  int64_t channels, bool whole, bool stream, T* state) {
+                  int64_t channels, bool foreseen, bool stream, T* state) {
   constexpr int64_t item = item_size(S);
   const bool past = stream && may_stream<T>(h);
   for (int64_t t = 0; t < steps; ++t) {
-    if (!whole && t + kAhead < steps) {
+    if (!foreseen && t + kAhead < steps) {
       prefetch_row(a, t + kAhead, channels);
       prefetch_row(b, t + kAhead, channels);
     }
@@ -97,12 +98,14 @@ RECURRA_INLINE void load_block(const T* from, int64_t stride, int64_t ahead,
   transpose(rows);
 }
 
-// The first steps of h, where time is contiguous in every tensor and may be walked backwards: as
-// many blocks of sixteen as there are, transposed in registers. Returns how many steps these are.
+// The first steps of h, where time is contiguous in every tensor and may be walked backwards, in
+// all of them: as many blocks of sixteen as there are, transposed in registers. Returns how many
+// steps these are.
 template <class T>
 int64_t forward_columns(const Plane& a, const Plane& b, const Plane& h, bool log_a, int64_t steps,
                         int64_t channels, bool stream, T* state) {
   if (!by_time<T>(a) || !by_time<T>(b) || !by_time<T>(h) || channels % kLanes != 0) return 0;
+  if (a.stride_t != b.stride_t || a.stride_t != h.stride_t) return 0;
   const int64_t blocks = steps / kLanes, back = a.stride_t < 0 ? kLanes - 1 : 0;
   for (int64_t c = 0; c < channels; c += kLanes) {
     Vec<T> v = Vec<T>::load(state + c);
@@ -150,8 +153,8 @@ void forward(const LinearScan& args) {
     load_row<T>(plane(args.h0, n, c0), nc, state, shape.width);
     if (!tiled)
       for_storage<T>(b.dtype, [&](auto dtype) RECURRA_LAMBDA {
-        forward_rows<T, DType(dtype.value)>(a, b, h, args.log_a, s.length(), nc, nc == channels,
-                                            stream, state);
+        forward_rows<T, DType(dtype.value)>(a, b, h, args.log_a, s.length(), nc,
+                                            nc == channels && b.stride_t > 0, stream, state);
       });
     const int64_t done =
         !tiled ? s.length()

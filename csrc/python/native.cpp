@@ -1,9 +1,11 @@
-// recurra._native: what NumPy programs and the command line need without torch. torch.ops never
-// loads it. It holds a copy of the kernels, and so an instruction set and a thread count of its
-// own, which start as torch.ops' do: from RECURRA_ISA and from OpenMP.
+// recurra._native: the ops on arrays of NumPy and of XLA, and what the command line needs, without
+// torch. torch.ops never loads it. It holds a copy of the kernels, and so an instruction set and a
+// thread count of its own, which start as torch.ops' do: from RECURRA_ISA and from OpenMP.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <dlfcn.h>
 
 #include <atomic>
 #include <map>
@@ -14,6 +16,7 @@
 #include "bench/rates.h"
 #include "cells/evaluate.h"
 #include "parallel.h"
+#include "python/module.h"
 #include "simd/isa.h"
 
 namespace py = pybind11;
@@ -45,6 +48,24 @@ int threads(std::optional<int> count) {
     set_thread_source([] { return chosen_threads.load(std::memory_order_relaxed); });
   }
   return thread_count();
+}
+
+// torch's thread count, as torch.ops has it in the calling thread, from the library of a torch that
+// is loaded already.
+using TorchThreads = int32_t (*)(uint32_t* count);
+TorchThreads torch_threads = nullptr;
+
+bool follow_torch() {
+  void* const library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* const found = library ? dlsym(library, "torch_get_num_threads") : nullptr;
+  if (!found) return false;
+  torch_threads = reinterpret_cast<TorchThreads>(found);
+  set_thread_source([] {
+    uint32_t count = 1;
+    torch_threads(&count);
+    return static_cast<int>(count);
+  });
+  return true;
 }
 
 template <class Value>
@@ -155,6 +176,9 @@ void define_machine(py::module_& m) {
         "The instruction set in use here; a name (scalar, avx2, avx512) caps it from now on.");
   m.def("threads", &threads, py::arg("count") = py::none(),
         "The number of threads used here; a count sets it from now on.");
+  m.def("follow_torch", &follow_torch,
+        "Takes the number of threads from the torch of this process from now on; False where none "
+        "is loaded.");
 }
 
 }  // namespace
@@ -162,6 +186,8 @@ void define_machine(py::module_& m) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Kernels and machine figures of recurra without torch.";
+  recurra::define_arrays(m);
+  recurra::define_xla(m);
   recurra::define_cells(m);
   recurra::define_machine(m);
   recurra::define_rates(m);

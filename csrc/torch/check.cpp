@@ -1,24 +1,11 @@
 #include "torch/check.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/ops.h>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <map>
-#include <memory>
-#include <stdexcept>
 
 namespace recurra {
 namespace {
-
-using torch::headeronly::ScalarType;
 
 struct Dim {
   std::string name;  // empty for the number `value`
@@ -118,52 +105,6 @@ const std::vector<Rule>& rules_of(const char* op) {
   return found->second;
 }
 
-std::string dtype_name(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::ComplexFloat: return "complex64";
-    case ScalarType::ComplexDouble: return "complex128";
-    case ScalarType::ComplexHalf: return "complex32";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Bool: return "bool";
-    default: return "another dtype";
-  }
-}
-
-const char* dtype_name(DType d) {
-  constexpr const char* names[] = {"float32",    "float64", "bfloat16", "float16", "complex64",
-                                   "complex128", "int32",   "int64",    "bool"};
-  return names[static_cast<int>(d)];
-}
-
-std::string device_name(const Tensor& t) {
-  if (t.is_cpu()) return "cpu";
-  if (t.is_cuda()) return "cuda:" + std::to_string(t.get_device_index());
-  return "another device";
-}
-
-bool known_dtype(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-    case ScalarType::Double:
-    case ScalarType::BFloat16:
-    case ScalarType::Half:
-    case ScalarType::ComplexFloat:
-    case ScalarType::ComplexDouble:
-    case ScalarType::Int:
-    case ScalarType::Long:
-    case ScalarType::Bool: return true;
-    default: return false;
-  }
-}
-
 DType complex_of(DType d) { return d == DType::f64 ? DType::c128 : DType::c64; }
 
 void check_dtype(const char* op, const Rule& rule, const Tensor& t, const Rule& lead,
@@ -174,7 +115,7 @@ void check_dtype(const char* op, const Rule& rule, const Tensor& t, const Rule& 
     return;
   }
   if (rule.kind == "mask") {
-    if (t.scalar_type() != ScalarType::Bool)
+    if (!known_dtype(t) || dtype_of(t) != DType::b8)
       fail(op, rule.name + " must have dtype bool, got " + dtype_name(t));
     return;
   }
@@ -184,7 +125,8 @@ void check_dtype(const char* op, const Rule& rule, const Tensor& t, const Rule& 
     const bool complex = rule.complex && known_dtype(t) && is_complex(dtype_of(t));
     if (!real && !complex)
       fail(op, rule.name + " must have dtype float32, float64, bfloat16 or float16" +
-                   (rule.complex ? ", or be complex" : "") + ", got " + dtype_name(t));
+                   (rule.complex ? ", or be complex" : "") + ", got " + dtype_name(t) +
+                   advice(rule.name));
     return;
   }
   const DType act = dtype_of(leader);
@@ -258,28 +200,6 @@ std::vector<int64_t> integers(const Tensor& t) {
   return values;
 }
 
-constexpr uintptr_t kHugeFrom = 4 << 20;  // bytes
-
-constexpr ScalarType kScalarTypes[] = {
-    ScalarType::Float, ScalarType::Double,       ScalarType::BFloat16,
-    ScalarType::Half,  ScalarType::ComplexFloat, ScalarType::ComplexDouble,
-    ScalarType::Int,   ScalarType::Long,         ScalarType::Bool};
-
-// A large result is new memory to the process, and mapping it by pages of 4 KiB takes longer than
-// computing it. This is a wish: where the system refuses, nothing else changes.
-Tensor with_huge_pages(Tensor t) {
-#ifdef __linux__
-  const uintptr_t bytes = static_cast<uintptr_t>(t.numel() * item_size(dtype_of(t)));
-  if (t.is_cpu() && bytes >= kHugeFrom) {
-    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const uintptr_t start = reinterpret_cast<uintptr_t>(t.data_ptr());
-    const uintptr_t begin = (start + page - 1) / page * page, end = (start + bytes) / page * page;
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  }
-#endif
-  return t;
-}
-
 }  // namespace
 
 std::string shape_of(const Tensor& t) {
@@ -294,7 +214,7 @@ void fail(const char* op, const std::string& message) {
   std::string name = op[0] == '_' ? op + 1 : op;
   if (op[0] == '_' && name.size() > 5 && name.compare(name.size() - 5, 5, "_save") == 0)
     name.resize(name.size() - 5);
-  throw std::runtime_error(name + ": " + message);
+  throw Error(name + ": " + message);
 }
 
 void check(const char* op, std::initializer_list<Argument> arguments) {
@@ -333,7 +253,7 @@ void check_layout(const char* op, const char* name, const Tensor& x, const char*
   if (x.dim() == 3 && p.dim() == 2 && p.size(0) != x.size(2) && p.size(0) == x.size(1))
     fail(op, std::string(name) + " must have shape (B, T, D) with D = " +
                  std::to_string(p.size(0)) + " as in " + parameter + ", got " + shape_of(x) +
-                 ", which looks like (B, D, L): pass " + name + ".transpose(1, 2)" + also);
+                 ", which looks like (B, D, L): pass " + name + ".swapaxes(1, 2)" + also);
 }
 
 Sequences sequences(const char* op, int64_t batch, int64_t time, const OptionalTensor& cu_seqlens,
@@ -352,19 +272,21 @@ Sequences sequences(const char* op, int64_t batch, int64_t time, const OptionalT
   return {static_cast<int64_t>(storage.size()) - 1, time, storage.data()};
 }
 
-const int64_t* slot_indices(const char* op, int64_t rows, const Tensor& h,
-                            const OptionalTensor& slots, std::vector<int64_t>& storage) {
-  const int64_t states = h.size(0);
-  for (int64_t n = 0; n < h.dim(); ++n)
+void check_states(const char* op, int64_t rows, const Tensor& h, const OptionalTensor& slots) {
+  for (int64_t n = 0; n < h.dim() && h.numel() > 0; ++n)
     if (h.size(n) > 1 && h.stride(n) == 0)
       fail(op, "h is written in place and must not be expanded, got stride 0 in dimension " +
                    std::to_string(n));
-  if (!slots) {
-    if (rows != states)
-      fail(op, "h must have as many states as there are rows, " + std::to_string(rows) +
-                   ", or slots must be given, got " + std::to_string(states));
-    return nullptr;
-  }
+  if (!slots && rows != h.size(0))
+    fail(op, "h must have as many states as there are rows, " + std::to_string(rows) +
+                 ", or slots must be given, got " + std::to_string(h.size(0)));
+}
+
+const int64_t* slot_indices(const char* op, int64_t rows, const Tensor& h,
+                            const OptionalTensor& slots, std::vector<int64_t>& storage) {
+  check_states(op, rows, h, slots);
+  if (!slots) return nullptr;
+  const int64_t states = h.size(0);
   storage = integers(*slots);
   std::vector<int64_t> used;
   for (size_t i = 0; i < storage.size(); ++i) {
@@ -378,77 +300,6 @@ const int64_t* slot_indices(const char* op, int64_t rows, const Tensor& h,
   if (twice != used.end())
     fail(op, "slots must not repeat a state, got " + std::to_string(*twice) + " more than once");
   return storage.data();
-}
-
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::ComplexFloat: return DType::c64;
-    case ScalarType::ComplexDouble: return DType::c128;
-    case ScalarType::Int: return DType::i32;
-    case ScalarType::Long: return DType::i64;
-    case ScalarType::Bool: return DType::b8;
-    default: throw std::runtime_error("recurra: unsupported dtype");
-  }
-}
-
-Tensor empty_like(const Tensor& like) { return with_huge_pages(torch::stable::empty_like(like)); }
-
-std::vector<int> memory_order(const Tensor& t) {
-  const auto size = [&](int n) { return t.size(n); };
-  const auto stride = [&](int n) { return t.stride(n); };
-  const int count = static_cast<int>(t.dim());
-  std::vector<int> order;  // from the innermost out
-  for (int n = count - 1; n >= 0; --n) order.push_back(n);
-  // As torch finds it: a dimension passes those of larger strides, and of equal ones and more
-  // elements; what is expanded neither moves nor stops another.
-  for (int i = 1; i < count; ++i)
-    for (int at = i, before = i - 1; before >= 0; --before) {
-      int &inner = order[static_cast<size_t>(before)], &outer = order[static_cast<size_t>(at)];
-      const int64_t a = stride(inner), b = stride(outer);
-      if (a == 0 || b == 0) continue;
-      if (a < b) break;
-      if (a == b && size(inner) <= size(outer)) continue;
-      std::swap(inner, outer);
-      at = before;
-    }
-  return {order.rbegin(), order.rend()};
-}
-
-Tensor empty_ordered(const Tensor& like, const std::vector<int64_t>& sizes,
-                     const std::vector<int>& order) {
-  std::vector<int64_t> outer;
-  for (int n : order) outer.push_back(sizes[static_cast<size_t>(n)]);
-  Tensor t = with_huge_pages(torch::stable::new_empty(like, outer));
-  // Dimension i of t is order[i]: brought to its place by swaps.
-  std::vector<int> place = order;
-  for (int n = 0; n < static_cast<int>(place.size()); ++n)
-    while (place[static_cast<size_t>(n)] != n) {
-      const int to = place[static_cast<size_t>(n)];
-      t = torch::stable::transpose(t, n, to);
-      std::swap(place[static_cast<size_t>(n)], place[static_cast<size_t>(to)]);
-    }
-  return t;
-}
-
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype) {
-  return with_huge_pages(torch::stable::new_empty(like, {sizes.begin(), sizes.size()},
-                                                  kScalarTypes[static_cast<int>(dtype)]));
-}
-
-Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype) {
-  // torch fills large tensors with its threads, which in a forked child hangs.
-  if (like.is_cpu()) {
-    Tensor t = empty(like, sizes, dtype);
-    const size_t bytes = static_cast<size_t>(t.numel() * item_size(dtype));
-    if (bytes > 0) std::memset(t.data_ptr(), 0, bytes);
-    return t;
-  }
-  return torch::stable::new_zeros(like, {sizes.begin(), sizes.size()},
-                                  kScalarTypes[static_cast<int>(dtype)]);
 }
 
 OptionalTensor partial_sums(const Tensor& a, const Tensor& full, int64_t rows) {

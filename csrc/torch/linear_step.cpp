@@ -1,7 +1,5 @@
 #include "linear_step/linear_step.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include "torch/check.h"
 
 namespace recurra {
@@ -17,7 +15,7 @@ Tensor linear_step_cpu(Tensor x, Tensor weight, OptionalTensor bias) {
   args.y = view<2>(y);
   OptionalTensor copy;
   if (args.copies_x())
-    copy = empty(x, {x.size(0), (x.size(1) + 15) / 16 * 16}, state_dtype(args.x.dtype));
+    copy = scratch(x, {x.size(0), (x.size(1) + 15) / 16 * 16}, state_dtype(args.x.dtype));
   args.copy = view<2>(copy);
   linear_step(args);
   return y;
@@ -26,6 +24,4 @@ Tensor linear_step_cpu(Tensor x, Tensor weight, OptionalTensor bias) {
 }  // namespace
 }  // namespace recurra
 
-STABLE_TORCH_LIBRARY_IMPL(recurra, CPU, m) {
-  m.impl("_linear_step", TORCH_BOX(&recurra::linear_step_cpu));
-}
+RECURRA_CPU_OPS(m) { m.impl("_linear_step", RECURRA_BOX(&recurra::linear_step_cpu)); }

@@ -64,6 +64,7 @@ STABLE_TORCH_LIBRARY(recurra, m) {
   m.def("_isa(str? cap=None) -> str");
   m.def("_threads() -> int");
   m.def("_cells() -> str");
+  m.def("_device_status(Tensor on) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(recurra, CompositeExplicitAutograd, m) {

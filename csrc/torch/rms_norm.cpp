@@ -1,77 +1,26 @@
-#include "rms_norm/rms_norm.h"
-
-#include <torch/csrc/stable/library.h>
-
-#include <tuple>
-
-#include "torch/check.h"
+#include "torch/rms_norm.h"
 
 namespace recurra {
 namespace {
 
-// (B, D) as (1, B, D), and (B, T, D) as it is; likewise rstd, whose rows are one number.
-template <int N>
-View<N> rows(const Tensor& t) {
-  if (t.dim() == N) return view<N>(t);
-  const View<N - 1> v = view<N - 1>(t);
-  View<N> w{v.data, v.dtype, {1}, {0}};
-  for (int n = 1; n < N; ++n) {
-    w.size[n] = v.size[n - 1];
-    w.stride[n] = v.stride[n - 1];
-  }
-  return w;
-}
-
-// Whether the first dimensions of t are all that it has and as large as those of x.
-bool leads(const Tensor& t, const Tensor& x, int64_t dimensions) {
-  if (t.dim() != dimensions) return false;
-  for (int64_t n = 0; n < dimensions; ++n)
-    if (t.size(n) != x.size(n)) return false;
-  return true;
-}
+using namespace rms_norm_ops;
 
 std::tuple<Tensor, Tensor> rms_norm_cpu(Tensor x, Tensor weight, double eps) {
-  check("_rms_norm", {{"x", x}, {"weight", weight}});
-  const DType compute = state_dtype(dtype_of(x));
-  Tensor y = empty_like(x);
-  Tensor rstd =
-      x.dim() == 2 ? empty(x, {x.size(0)}, compute) : empty(x, {x.size(0), x.size(1)}, compute);
-  RmsNorm args;
-  args.x = rows<3>(x);
-  args.weight = view<1>(weight);
-  args.eps = eps;
-  args.y = rows<3>(y);
-  args.rstd = rows<2>(rstd);
-  rms_norm(args);
-  return {y, rstd};
+  const Forward call(x, weight, eps);
+  rms_norm(call.args);
+  return {call.y, call.rstd};
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward_cpu(Tensor dy, Tensor x, Tensor weight, Tensor rstd) {
-  constexpr const char* op = "_rms_norm_backward";
-  check(op, {{"x", x}, {"weight", weight}, {"dy", dy}, {"rstd", rstd}});
-  if (!leads(dy, x, x.dim()))
-    fail(op, "dy must have the shape of x, " + shape_of(x) + ", got " + shape_of(dy));
-  if (!leads(rstd, x, x.dim() - 1))
-    fail(op, "rstd must have the shape of x, " + shape_of(x) +
-                 ", without its last dimension, got " + shape_of(rstd));
-  RmsNormBackward args;
-  args.dy = rows<3>(dy);
-  args.x = rows<3>(x);
-  args.weight = view<1>(weight);
-  args.rstd = rows<2>(rstd);
-  Tensor dx = empty_like(x), dweight = empty_like(weight);
-  Tensor sums = empty(x, {args.chunks().count(), args.padded()}, state_dtype(args.x.dtype));
-  args.dx = rows<3>(dx);
-  args.dweight = view<1>(dweight);
-  args.sums = sums.data_ptr();
-  rms_norm_backward(args);
-  return {dx, dweight};
+  const Backward call(dy, x, weight, rstd);
+  rms_norm_backward(call.args);
+  return {call.dx, call.dweight};
 }
 
 }  // namespace
 }  // namespace recurra
 
-STABLE_TORCH_LIBRARY_IMPL(recurra, CPU, m) {
-  m.impl("_rms_norm", TORCH_BOX(&recurra::rms_norm_cpu));
-  m.impl("_rms_norm_backward", TORCH_BOX(&recurra::rms_norm_backward_cpu));
+RECURRA_CPU_OPS(m) {
+  m.impl("_rms_norm", RECURRA_BOX(&recurra::rms_norm_cpu));
+  m.impl("_rms_norm_backward", RECURRA_BOX(&recurra::rms_norm_backward_cpu));
 }

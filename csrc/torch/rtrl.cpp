@@ -1,66 +1,13 @@
-#include "rtrl/rtrl.h"
-
-#include <torch/csrc/stable/library.h>
-
-#include <tuple>
+#include "torch/rtrl.h"
 
 #include "rnn/rnn.h"
-#include "torch/cells.h"
-#include "torch/check.h"
 
 namespace recurra {
 namespace {
 
-void check_exact(const char* op, const char* name, const Tensor& t) {
-  const DType d = dtype_of(t);
-  if (d == DType::bf16 || d == DType::f16)
-    fail(op, std::string(name) + " must have dtype float32 or float64, got " +
-                 (d == DType::bf16 ? "bfloat16" : "float16"));
-}
-
-void check_contiguous(const char* op, std::initializer_list<Argument> arguments) {
-  for (const Argument& a : arguments)
-    if (!a.tensor->is_contiguous()) fail(op, std::string(a.name) + " must be contiguous");
-}
-
-void check_states(const char* op, int64_t states) {
-  if (states < 1 || states > kMostRtrlStates)
-    fail(op, "K must be from 1 to " + std::to_string(kMostRtrlStates) + ", got " +
-                 std::to_string(states));
-}
-
-void set_states(RtrlUpdate& args, const Tensor& weight, const Tensor& bias, const Tensor& params) {
-  args.weight = view<5>(weight);
-  args.bias = view<4>(bias);
-  args.params = view<4>(params);
-}
-
 void rtrl_advance_cpu(Tensor weight, Tensor bias, Tensor params, Tensor u, Tensor decay,
                       Tensor factors, Tensor direct) {
-  constexpr const char* op = "_rtrl_advance";
-  check(op, {{"S_weight", weight},
-             {"S_bias", bias},
-             {"S_params", params},
-             {"u", u},
-             {"decay", decay},
-             {"factors", factors},
-             {"direct", direct}});
-  check_exact(op, "S_weight", weight);
-  check_states(op, weight.size(1));
-  check_contiguous(op, {{"S_weight", weight},
-                        {"S_bias", bias},
-                        {"S_params", params},
-                        {"u", u},
-                        {"decay", decay},
-                        {"factors", factors},
-                        {"direct", direct}});
-  RtrlUpdate args;
-  set_states(args, weight, bias, params);
-  args.u = view<3>(u);
-  args.decay = view<4>(decay);
-  args.factors = view<5>(factors);
-  args.direct = view<4>(direct);
-  rtrl_update(args);
+  rtrl_update(checked_advance(weight, bias, params, u, decay, factors, direct));
 }
 
 // Entry k of an array whose first dimension are the states of the end of the chunk.
@@ -78,23 +25,9 @@ View<N> entry(const View<N + 1>& v, int64_t k) {
 
 void rtrl_update_cpu(Tensor weight, Tensor bias, Tensor S_params, Tensor u, Tensor x, Tensor params,
                      OptionalTensor h0, std::string cell_name, OptionalTensor reset) {
-  constexpr const char* op = "_rtrl_update";
-  // What the cell wants comes first: S follows from it.
-  check(op, {{"x", x}, {"params", params}, {"h0", h0}, {"reset", reset}});
-  const Cell cell = find_cell(op, cell_name);
-  check_exact(op, "x", x);
-  check_cell(op, cell.info, x, params, "h0", h0);
-  check(op, {{"x", x},
-             {"params", params},
-             {"u", u},
-             {"S_weight", weight},
-             {"S_bias", bias},
-             {"S_params", S_params}});
-  check_size(op, cell_name, "S_weight", weight, 1, "K", "states", cell.info.states);
-  check_contiguous(op, {{"S_weight", weight}, {"S_bias", bias}, {"S_params", S_params}, {"u", u}});
+  const Cell cell = checked_update(weight, bias, S_params, u, x, params, h0, cell_name, reset);
   const int64_t batch = x.size(0), time = x.size(1), inputs = x.size(2), channels = x.size(3);
   const int64_t states = weight.size(1);
-  check_states(op, states);
   if (batch == 0 || channels == 0) return;
 
   // The states before every stretch of the chunk.
@@ -107,9 +40,9 @@ void rtrl_update_cpu(Tensor weight, Tensor bias, Tensor S_params, Tensor u, Tens
   forward.h0 = view<3>(h0);
   forward.reset = view<2>(reset);
   const int64_t padded = forward.padded();
-  Tensor y = empty(x, {batch, time, 1, channels}, compute);
-  Tensor h_last = empty(x, {batch, states, channels}, compute);
-  Tensor saved = empty(x, {forward.sequences.chunk_rows(kRnnChunk), states, padded}, compute);
+  Tensor y = scratch(x, {batch, time, 1, channels}, compute);
+  Tensor h_last = scratch(x, {batch, states, channels}, compute);
+  Tensor saved = scratch(x, {forward.sequences.chunk_rows(kRnnChunk), states, padded}, compute);
   forward.y = view<4>(y);
   forward.h_last = view<3>(h_last);
   forward.saved = saved.data_ptr();
@@ -117,8 +50,8 @@ void rtrl_update_cpu(Tensor weight, Tensor bias, Tensor S_params, Tensor u, Tens
 
   // What the end of the chunk owes to its start, its inputs and the parameters: a reverse pass from
   // each state, the parameters apart for every sample.
-  Tensor factors = empty(x, {states, batch, time, inputs, channels}, compute);
-  Tensor decay = empty(x, {states, batch, states, channels}, compute);
+  Tensor factors = scratch(x, {states, batch, time, inputs, channels}, compute);
+  Tensor decay = scratch(x, {states, batch, states, channels}, compute);
   Tensor direct = zeros(x, {states, batch, params.size(0), padded}, compute);
   const View<5> all_factors = view<5>(factors);
   const View<4> all_decay = view<4>(decay), all_direct = view<4>(direct);
@@ -157,34 +90,16 @@ void rtrl_update_cpu(Tensor weight, Tensor bias, Tensor S_params, Tensor u, Tens
 
 std::tuple<Tensor, Tensor, Tensor> rtrl_gradient_cpu(Tensor weight, Tensor bias, Tensor params,
                                                      Tensor dh0, bool each) {
-  constexpr const char* op = "_rtrl_gradient";
-  check(op, {{"S_weight", weight}, {"S_bias", bias}, {"S_params", params}, {"dh0", dh0}});
-  check_exact(op, "S_weight", weight);
-  check_contiguous(op,
-                   {{"S_weight", weight}, {"S_bias", bias}, {"S_params", params}, {"dh0", dh0}});
-  const DType compute = dtype_of(weight);
-  const int64_t rows = each ? weight.size(0) : 1, inputs = weight.size(2);
-  const int64_t channels = weight.size(3);
-  Tensor dweight = empty(weight, {rows, inputs, channels, weight.size(4)}, compute);
-  Tensor dbias = empty(weight, {rows, inputs, channels}, compute);
-  Tensor dparams = empty(weight, {rows, params.size(2), channels}, compute);
-  RtrlGradient args;
-  args.weight = view<5>(weight);
-  args.bias = view<4>(bias);
-  args.params = view<4>(params);
-  args.dh0 = view<3>(dh0);
-  args.dweight = view<4>(dweight);
-  args.dbias = view<3>(dbias);
-  args.dparams = view<3>(dparams);
-  rtrl_gradient(args);
-  return {dweight, dbias, dparams};
+  const GradientTensors of = checked_gradient(weight, bias, params, dh0, each);
+  rtrl_gradient(of.args);
+  return {of.dweight, of.dbias, of.dparams};
 }
 
 }  // namespace
 }  // namespace recurra
 
-STABLE_TORCH_LIBRARY_IMPL(recurra, CPU, m) {
-  m.impl("_rtrl_update", TORCH_BOX(&recurra::rtrl_update_cpu));
-  m.impl("_rtrl_advance", TORCH_BOX(&recurra::rtrl_advance_cpu));
-  m.impl("_rtrl_gradient", TORCH_BOX(&recurra::rtrl_gradient_cpu));
+RECURRA_CPU_OPS(m) {
+  m.impl("_rtrl_update", RECURRA_BOX(&recurra::rtrl_update_cpu));
+  m.impl("_rtrl_advance", RECURRA_BOX(&recurra::rtrl_advance_cpu));
+  m.impl("_rtrl_gradient", RECURRA_BOX(&recurra::rtrl_gradient_cpu));
 }
