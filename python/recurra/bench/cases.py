@@ -18,7 +18,9 @@ from recurra.bench.problems import (
     IMPORT,
     LM,
     MEMORY,
+    ONNX,
     RWKV4,
+    SERVING,
     STEP,
     Built,
     Case,
@@ -446,17 +448,20 @@ def table() -> list[Case]:
         )
         for shape in rtrl.SHAPES
     ]
-    from recurra.bench import dropin, griffin, models  # which are made of the cases above
+    # Which are made of the cases above.
+    from recurra.bench import arrays, deploy, dropin, griffin, models
 
     whole = {
         LM: models.BUILDERS,
         RWKV4: models.RWKV4_BUILDERS,
         GRIFFIN: griffin.BUILDERS,
         DROP_IN: dropin.BUILDERS,
+        SERVING: deploy.SERVING_BUILDERS,
+        ONNX: deploy.ONNX_BUILDERS,
     }
     for op, builders in whole.items():
         cases += [Case(op, (), name, build) for name, build in builders.items()]
-    return [*cases, Case(IMPORT, (), "", _import)]
+    return [*cases, *arrays.cases(), Case(IMPORT, (), "", _import)]
 
 
 def _default(op: str, with_peers: bool) -> Built:

@@ -17,6 +17,7 @@ Calls = dict[str, Callable[[], object]]
 
 NUMBA = "numba prange"
 JAX_LAX = "jax lax.scan"
+JAX_ASSOCIATIVE = "jax associative_scan"
 MAMBA = "mamba reference in torch"
 TORCH_CONV = "torch grouped conv1d"
 TORCH_LOOP = "torch loop"
@@ -150,6 +151,61 @@ def _jax_selective_scan(x):
     h0 = jnp.zeros((dt.shape[1], *A.shape), dt.dtype)
     _, y = jax.lax.scan(step, h0, (dt, dt * x["u"], x["B"], x["C"]))
     return (y + x["D"] * x["u"]) * jax.nn.silu(x["z"])
+
+
+def _combine(first, second):
+    """Two steps h -> a h + b as one."""
+    return first[0] * second[0], second[0] * first[1] + second[1]
+
+
+def _associative_linear_scan(x):
+    import jax
+
+    return jax.lax.associative_scan(_combine, (x["a"], x["b"]))[1]
+
+
+def _associative_selective_scan(x):
+    import jax
+    import jax.numpy as jnp
+
+    dt = jax.nn.softplus(x["delta"] + x["delta_bias"])
+    decay = jnp.exp(dt[..., None] * x["A"])
+    drive = (dt * x["u"])[..., None] * x["B"][:, :, None]
+    h = jax.lax.associative_scan(_combine, (decay, drive))[1]
+    y = (h * x["C"][:, :, None]).sum(-1)
+    return (y + x["D"] * x["u"]) * jax.nn.silu(x["z"])
+
+
+# Elements of h up to which all of them fit into memory, several times over.
+_MOST_STATES = 1 << 26
+
+
+def jax_scans(op: str, inputs: dict[str, Tensor], states: int, backward: bool):
+    """What JAX has for the recurrence, one step after another and as a tree.
+
+    Args:
+        op: linear_scan or selective_scan.
+        inputs: of the op, (B, T, ...).
+        states: elements of h at all steps together.
+        backward: with the gradients of all inputs.
+    """
+    one, tree = {
+        "linear_scan": (_jax_linear_scan, _associative_linear_scan),
+        "selective_scan": (_jax_selective_scan, _associative_selective_scan),
+    }[op]
+    arrays = _jax_arrays(inputs, tuple(k for k, v in inputs.items() if v.dim() == 3))
+    calls: Calls = {JAX_LAX: _jax_call(one, arrays, backward)}
+    absent: dict[str, str] = {}
+    if states > _MOST_STATES:
+        absent[JAX_ASSOCIATIVE] = f"holds {4e-9 * states:.1f} GB several times over"
+    else:
+        calls[JAX_ASSOCIATIVE] = _jax_call(tree, arrays, backward)
+    return calls, absent
+
+
+def in_jax(function: Callable, inputs: dict[str, Tensor], backward: bool) -> Callable[[], object]:
+    """A function of arrays, compiled, on these inputs; or its output and all gradients."""
+    return _jax_call(function, _jax_arrays(inputs, ()), backward)
 
 
 # torch --------------------------------------------------------------------------------------------

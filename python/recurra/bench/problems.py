@@ -21,6 +21,7 @@ from recurra.bench.floors import Floor
 
 FORWARD, BACKWARD, STEP, MEMORY = "forward", "forward+backward", "step", "memory"
 IMPORT, LM, RWKV4, GRIFFIN, DROP_IN = "import", "lm", "rwkv4", "griffin", "drop-in"
+SERVING, ONNX, JAX, NUMPY = "serving", "onnx", "jax", "numpy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Case:
     @property
     def missing(self) -> bool:
         """Whether this build of recurra lacks the op."""
-        if self.op in (IMPORT, LM, RWKV4, GRIFFIN, DROP_IN):
+        if self.op in (IMPORT, LM, RWKV4, GRIFFIN, DROP_IN, SERVING, ONNX, JAX, NUMPY):
             return False
         function = f"{self.op}_step" if self.kind == STEP else self.op
         return not hasattr(recurra, function) or not hasattr(recurra.reference, function)
