@@ -1,6 +1,6 @@
 """Language models on the mixers of :mod:`recurra.nn`."""
 
-from recurra.lm.config import CONFIGS, LMConfig
+from recurra.lm.config import CONFIGS, LMConfig, gemma_scale
 from recurra.lm.generation import Sampling, generate, generate_text
 from recurra.lm.model import LM, LMState
 from recurra.lm.tokenizer import ByteTokenizer, load_tokenizer
@@ -12,6 +12,7 @@ __all__ = [
     "LMConfig",
     "LMState",
     "Sampling",
+    "gemma_scale",
     "generate",
     "generate_text",
     "load_tokenizer",

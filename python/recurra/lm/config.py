@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,7 +49,8 @@ class LMConfig:
         mixer: the mixer of every block, or a tuple of those that the pattern names.
         pattern: a letter for each block, begun anew where there are more blocks, such as "RRA";
             letters are those of ``recurra.nn.MIXERS``, and a mixer that ``mixer`` does not hold
-            has its default configuration. Empty where all blocks have the same mixer.
+            has its default configuration. Empty where all blocks have the same mixer. It names
+            every mixer that is given; MambaConfig() by itself stands for none.
         ffn: what each block does after its mixer, a configuration of ``recurra.nn.FFNS``; None
             for nothing.
         norm: rms; gemma, whose weight is 1 more than the parameter; or layer.
@@ -147,6 +150,12 @@ class LMConfig:
             self._given
         ):
             raise ValueError("LMConfig: mixer must not hold two of one letter")
+        for mixer in () if self.mixer == MambaConfig() else self._given:
+            if mixer.letter not in self.pattern:
+                raise ValueError(
+                    f"LMConfig: pattern must have the letter of every mixer, "
+                    f"{mixer.letter} ({mixer.kind}), got {shown(self.pattern)}"
+                )
 
     def mixers(self) -> list[MixerConfig]:
         """The mixer of each block."""
@@ -181,18 +190,51 @@ class LMConfig:
         with torch.device("meta"):
             return total + sum(p.numel() for p in self.make_shared().parameters())
 
+    def states(self, dtype: torch.dtype = torch.float32) -> list[Any]:
+        """The state of one sequence, on the meta device, in a model of parameters of this dtype;
+        the same objects in layers of the same mixer."""
+        mixers = self.mixers()
+        made = {mixer: mixer.state(self.d_model, dtype) for mixer in set(mixers)}
+        ffn = None if self.ffn is None else self.ffn.state(self.d_model, dtype)
+        parts = (part for mixer in mixers for part in (made[mixer], ffn))
+        return [part for part in parts if part is not None]
+
+    def state_bytes(self, dtype: torch.dtype = torch.float32) -> int:
+        """Bytes of the state of one sequence, in a model of parameters of this dtype."""
+        return _state_bytes(self, dtype)
+
     def check_memory(self, bytes_per_parameter: int = 4) -> None:
-        """Raises ValueError where the parameters alone exceed the memory of this machine."""
+        """Raises ValueError where the parameters alone, or the state of one sequence, exceed the
+        memory of this machine."""
         needed = bytes_per_parameter * self.parameter_count()
-        there = _machine_memory()
-        if needed > there:
-            raise ValueError(
-                f"LMConfig: a model of these sizes has {needed / 2**30:.4g} GiB of parameters, "
-                f"this machine has {there / 2**30:.4g} GiB of memory"
-            )
+        check_fits(
+            needed, f"LMConfig: a model of these sizes has {needed / 2**30:.4g} GiB of parameters"
+        )
+        self.check_state_memory()
+
+    def check_state_memory(self, batch: int = 1, dtype: torch.dtype = torch.float32) -> None:
+        """Raises ValueError where the state of so many sequences exceeds the memory of this
+        machine."""
+        needed = batch * self.state_bytes(dtype)
+        check_fits(
+            needed, f"LMConfig: the state of a batch of {batch} has {needed / 2**30:.4g} GiB"
+        )
 
 
 _LETTERS = {mixer.letter: mixer for mixer in MIXERS}
+
+
+@functools.lru_cache(32)
+def _state_bytes(config: LMConfig, dtype: torch.dtype) -> int:
+    return sum(x.nbytes for part in config.states(dtype) for x in part)
+
+
+def check_fits(needed: int, sentence: str) -> None:
+    """Raises ValueError, which begins with the sentence, where so many bytes exceed the memory of
+    this machine."""
+    there = _machine_memory()
+    if needed > there:
+        raise ValueError(f"{sentence}, this machine has {there / 2**30:.4g} GiB of memory")
 
 
 def _machine_memory() -> float:
@@ -211,8 +253,13 @@ def _rnn(cell: str) -> LMConfig:
     return LMConfig(mixer=RNNConfig(cell))
 
 
+def gemma_scale(d_model: int) -> float:
+    """The ``embed_scale`` of RecurrentGemma: the root of the width, rounded to bfloat16."""
+    return torch.tensor(d_model**0.5, dtype=torch.bfloat16).item()
+
+
 def _griffin(pattern: str, d_model: int = 256, n_layers: int = 6) -> LMConfig:
-    # Shaped as RecurrentGemma, which scales its embedding by the root of its width.
+    # Shaped as RecurrentGemma.
     mixers = RGLRUConfig(), AttentionConfig(window=256)
     return LMConfig(
         d_model=d_model,
@@ -222,7 +269,7 @@ def _griffin(pattern: str, d_model: int = 256, n_layers: int = 6) -> LMConfig:
         ffn=GLUConfig(activation="gelu_tanh", bias=True),
         norm="gemma",
         norm_eps=1e-6,
-        embed_scale=d_model**0.5,
+        embed_scale=gemma_scale(d_model),
         logits_soft_cap=30.0,
         residual_in_fp32=False,
     )

@@ -66,10 +66,12 @@ class Block(nn.Module):
                 after.append(state)
         return x, after
 
-    def step(self, x: Tensor, states: Iterator[Any]) -> Tensor:
+    def step(self, x: Tensor, states: Iterator[Any], slots: Tensor | None) -> Tensor:
         for norm, part in self.parts():
             x, normed = self._residual(x, norm)
-            x = x + part.step(normed, next(states) if _remembers(part) else None)
+            state = next(states) if _remembers(part) else None
+            given = () if state is None or slots is None else (slots,)
+            x = x + part.step(normed, state, *given)
         return x
 
 
@@ -130,11 +132,35 @@ class LM(nn.Module):
             nn.init.normal_(weight, std=0.02)
 
     def initial_state(self, batch: int) -> LMState:
-        """The state before the first token of ``batch`` sequences."""
-        return [part.initial_state(batch) for part in self._stateful()]
+        """The state before the first token of ``batch`` sequences.
 
-    def _stateful(self) -> list[nn.Module]:
+        Raises:
+            ValueError: it does not fit this machine's memory.
+        """
+        self._check_memory(batch)
+        return [part.initial_state(batch) for part in self.stateful()]
+
+    def stateful(self) -> list[nn.Module]:
+        """What remembers something, in the order of the state."""
         return [part for block in self.layers for part in block.stateful()]
+
+    def _check_memory(self, batch: int) -> None:
+        weight = self.embeddings.weight
+        if weight.is_cpu and not torch.compiler.is_compiling():
+            self.config.check_state_memory(batch, weight.dtype)
+
+    def _check_state(self, state: Any) -> None:
+        wanted = [part.State for part in self.stateful()]
+        if not isinstance(state, (list, tuple)):
+            raise ValueError(f"LM: the state must be a list, got {type(state).__name__}")
+        if len(state) != len(wanted):
+            raise ValueError(f"LM: the state must have {len(wanted)} layers, got {len(state)}")
+        for n, (given, kind) in enumerate(zip(state, wanted, strict=True)):
+            if not isinstance(given, kind):
+                raise ValueError(
+                    f"LM: the state of layer {n} must be {kind.__name__}, "
+                    f"got {type(given).__name__}"
+                )
 
     def _embed(self, tokens: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
         x = self.embeddings(tokens) if inputs_embeds is None else inputs_embeds
@@ -153,7 +179,7 @@ class LM(nn.Module):
         # The functions alone: a module cannot be copied with the model.
         names = (name for name in vars(ops) if callable(getattr(ops, name)))
         chosen = SimpleNamespace(**{name: getattr(ops, name) for name in names})
-        for part in self._stateful():
+        for part in self.stateful():
             part.ops = chosen
 
     def forward(
@@ -184,15 +210,19 @@ class LM(nn.Module):
                 n_layers + 1 tensors (B, T, d_model).
 
         Raises:
-            ValueError: not exactly one of tokens and inputs_embeds, or a state of another
-                model.
+            ValueError: not exactly one of tokens and inputs_embeds, a state of another model, or
+                one that does not fit this machine's memory.
             IndexError: a token that is not in the vocabulary.
         """
         if (tokens is None) == (inputs_embeds is None):
             raise ValueError("LM: give either tokens or inputs_embeds")
-        count = len(self._stateful())
-        if state is not None and len(state) != count:
-            raise ValueError(f"LM: the state must have {count} layers, got {len(state)}")
+        if state is not None:
+            self._check_state(state)
+        else:
+            x = inputs_embeds if tokens is None else tokens
+            self._check_memory(
+                len(x) if cu_seqlens is None else torch.as_tensor(cu_seqlens).numel() - 1
+            )
         x = self._embed(tokens, inputs_embeds)
         before = repeat(None) if state is None else iter(state)
         states: LMState = []
@@ -212,20 +242,33 @@ class LM(nn.Module):
         return logits, states
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, state: LMState) -> Tensor:
+    def step(self, tokens: Tensor, state: LMState, slots: Tensor | None = None) -> Tensor:
         """Logits after one more token of each sequence; the fastest way to decode.
 
         Args:
             tokens: (B,).
-            state: of B sequences; updated in place.
+            state: of B sequences, or with ``slots`` of any number; updated in place.
+            slots: (B,) int32 or int64, which row of the state each token has, none twice; where
+                negative the token changes nothing, and its logits mean nothing.
 
         Returns:
             (B, vocab_size).
+
+        Raises:
+            ValueError: a state of another model, or slots for a mixer that has none.
         """
+        self._check_state(state)
         x = self._embed(tokens)
+        for part, given in zip(self.stateful(), state, strict=True):
+            if slots is None:
+                part.check(x, given)  # all of them, before one is changed
+            elif not part.slotted:
+                raise ValueError(f"LM: a step of {type(part).__name__} takes no slots")
+            else:
+                part.check(x, given, slots=slots)
         states = iter(state)
         for block in self.layers:
-            x = block.step(x, states)
+            x = block.step(x, states, slots)
         return self._logits(self.norm_f(x), linear_step)
 
     @classmethod

@@ -87,6 +87,11 @@ def check(folder: Path) -> Found:
         ValueError: a file is damaged, or is of another architecture.
     """
     config, form = _read_config(folder)
+    try:
+        # What the weights have is in the files; what is remembered is not.
+        config.check_state_memory()
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     files = _weight_files(folder)
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for path in files:

@@ -33,10 +33,33 @@ class MixerConfig:
         then given it with ``share(module, index)``."""
         return None
 
+    def empty(self, d_model: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The mixer on the meta device, where it takes no memory.
+
+        Raises:
+            ValueError: a parameter has more bytes than torch counts.
+        """
+        try:
+            with torch.device("meta"):
+                made = self.make(d_model)
+                # Fake tensors cannot be converted in place.
+                return made if dtype == torch.get_default_dtype() else made.to(dtype)
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            raise ValueError(
+                f"{type(self).__name__}: a parameter at d_model = {d_model} has more bytes than "
+                "64 bits count"
+            ) from None
+
     def parameter_count(self, d_model: int) -> int:
         """Numbers in a mixer of this width."""
+        return sum(p.numel() for p in self.empty(d_model).parameters())
+
+    def state(self, d_model: int, dtype: torch.dtype = torch.float32) -> Any:
+        """The state of one sequence in a mixer of this width, on the meta device."""
         with torch.device("meta"):
-            return sum(p.numel() for p in self.make(d_model).parameters())
+            return self.empty(d_model, dtype).initial_state(1)
 
 
 def check_eig_range(config: Any) -> None:

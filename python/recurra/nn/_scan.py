@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recurra import ops
-from recurra._check import state_dtype
+from recurra.nn._mixer import Mixer
 from recurra.ops.linear_step import linear_step
 
 # How a linear layer is applied: to whole sequences, or to the rows of one step.
@@ -26,16 +25,9 @@ def apply_step(layer: nn.Linear, x: Tensor) -> Tensor:
     return linear_step(x, layer.weight, layer.bias)
 
 
-def sequence_count(x: Tensor, cu_seqlens: Tensor | None) -> int:
-    """How many sequences ``x`` (B, T, ...) holds, and so how many rows their state has."""
-    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
-def empty_softmax_state(like: Tensor, batch: int, N: int) -> Tensor:
-    """A state of ``softmax_scan`` that has seen nothing, (B, 3, N), for parameters like these."""
-    state = like.new_zeros(batch, 3, N, dtype=state_dtype(like.dtype))
+def see_nothing_(state: Tensor) -> None:
+    """Makes zeros (B, 3, N) a state of ``softmax_scan`` that has seen nothing."""
     state[:, 0] = -1e38  # the maximum of no scores, -infinity, but a number
-    return state
 
 
 def channels(name: str, expand: float, d_model: int) -> int:
@@ -57,16 +49,15 @@ class ScanState(NamedTuple):
     h: Tensor
 
 
-class ScanMixer(nn.Module):
+class ScanMixer(Mixer):
     """A mixer of three parts: what each input alone gives the scan, the scan, and what becomes of
     each of its outputs alone.
 
-    Subclasses have ``out_proj``, their last layer, and say what the three parts are.
+    Subclasses say what the three parts are.
     """
 
-    # Where the ops come from; an instance may be given recurra.reference instead.
-    ops = ops
-    out_proj: nn.Linear
+    State = ScanState
+    slotted = True
 
     def _before(self, x: Tensor, linear: Apply) -> tuple[Any, Any]:
         """What the scan is given, and what ``_after`` is given beside its output."""
@@ -76,22 +67,13 @@ class ScanMixer(nn.Module):
         """The output of the scan and its last state."""
         raise NotImplementedError
 
-    def _scan_step(self, given: Any, h: Tensor) -> Tensor:
+    def _scan_step(self, given: Any, h: Tensor, slots: Tensor | None) -> Tensor:
         """The output of one step of the scan, which updates ``h``."""
         raise NotImplementedError
 
     def _after(self, h: Tensor, kept: Any, linear: Apply) -> Tensor:
         """The output of the mixer."""
         return linear(self.out_proj, h)
-
-    def _state_shape(self) -> tuple[int, ...]:
-        raise NotImplementedError
-
-    def initial_state(self, batch: int) -> ScanState:
-        """Zeros: the state before the first input of ``batch`` sequences."""
-        weight = self.out_proj.weight
-        shape = (batch, *self._state_shape())
-        return ScanState(weight.new_zeros(shape, dtype=state_dtype(weight.dtype)))
 
     def forward(
         self, x: Tensor, state: ScanState | None = None, *, cu_seqlens: Tensor | None = None
@@ -106,14 +88,19 @@ class ScanMixer(nn.Module):
 
         Returns:
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
+
+        Raises:
+            ValueError: ``cu_seqlens`` or the state does not fit ``x``.
         """
-        (h,) = state or self.initial_state(sequence_count(x, cu_seqlens))
+        rows = self.check(x, state, cu_seqlens)
+        (h,) = state or self.initial_state(rows)
         given, kept = self._before(x, apply)
         y, h = self._scan(given, h, cu_seqlens)
         return self._after(y, kept, apply), ScanState(h)
 
     @torch.no_grad()
-    def step(self, x: Tensor, state: ScanState) -> Tensor:
+    def step(self, x: Tensor, state: ScanState, slots: Tensor | None = None) -> Tensor:
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
+        self.check(x, state, slots=slots)
         given, kept = self._before(x, apply_step)
-        return self._after(self._scan_step(given, state.h), kept, apply_step)
+        return self._after(self._scan_step(given, state.h, slots), kept, apply_step)

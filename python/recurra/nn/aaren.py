@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from recurra.nn._config import MixerConfig, check_fields
-from recurra.nn._scan import Apply, ScanMixer, ScanState, empty_softmax_state
+from recurra.nn._scan import Apply, ScanMixer, ScanState, see_nothing_
 
 
 @dataclasses.dataclass(frozen=True)
 class AarenConfig(MixerConfig):
-    """Sizes of an :class:`Aaren` mixer.
+    """Sizes of an :class:`Aaren` mixer. It has no ``eig_range``: the weights of a softmax are
+    positive.
 
     Attributes:
         heads: queries, each over keys and values of d_model / heads numbers.
@@ -55,6 +56,7 @@ class Aaren(ScanMixer):
         heads = (config or AarenConfig()).heads
         if d_model % heads:
             raise ValueError(f"Aaren: heads must divide d_model, {d_model}, got {heads}")
+        self.state_shapes = ((3, d_model),)
         self.query = nn.Parameter(torch.empty(heads, d_model // heads))
         self.in_proj = nn.Linear(d_model, 2 * d_model, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
@@ -72,7 +74,9 @@ class Aaren(ScanMixer):
     def initial_state(self, batch: int) -> ScanState:
         """The state that has seen nothing, for ``batch`` sequences, (B, 3, d_model): see
         :func:`recurra.softmax_scan`."""
-        return ScanState(empty_softmax_state(self.query, batch, self.query.numel()))
+        state = super().initial_state(batch)
+        see_nothing_(state.h)
+        return state
 
     def _before(self, x: Tensor, linear: Apply) -> tuple[tuple[Tensor, Tensor], None]:
         k, v = linear(self.in_proj, x).chunk(2, dim=-1)
@@ -86,5 +90,5 @@ class Aaren(ScanMixer):
     ) -> tuple[Tensor, Tensor]:
         return self.ops.softmax_scan(*given, h, cu_seqlens=cu_seqlens)
 
-    def _scan_step(self, given: tuple[Tensor, Tensor], h: Tensor) -> Tensor:
-        return self.ops.softmax_scan_step(h, *given)
+    def _scan_step(self, given: tuple[Tensor, Tensor], h: Tensor, slots: Tensor | None) -> Tensor:
+        return self.ops.softmax_scan_step(h, *given, slots=slots)

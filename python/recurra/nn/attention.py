@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recurra._check import check_offsets, state_dtype
+from recurra._check import state_dtype
 from recurra.nn._config import MixerConfig, check_fields
+from recurra.nn._mixer import Mixer
 from recurra.nn._positions import positions
 from recurra.nn._scan import apply_step
 
@@ -85,7 +86,7 @@ class AttentionState(NamedTuple):
     seen: Tensor
 
 
-class Attention(nn.Module):
+class Attention(Mixer):
     """Local attention with rotary positions, in which heads of queries share keys and values:
     De et al., "Griffin" (2024), section 2.3; Su et al., "RoFormer" (2021), equation 34; Shazeer,
     "Fast transformer decoding" (2019).
@@ -98,6 +99,8 @@ class Attention(nn.Module):
         config: the sizes inside.
     """
 
+    State = AttentionState
+
     def __init__(self, d_model: int, config: AttentionConfig | None = None):
         super().__init__()
         self.config = config = config or AttentionConfig()
@@ -108,6 +111,7 @@ class Attention(nn.Module):
             raise ValueError(f"Attention: heads must be at most d_model = {d_model}, got {H}")
         if self.rotated % 2:
             raise ValueError(f"Attention: rotary * head_dim must be even, got {self.rotated}")
+        self.state_shapes = (*2 * ((config.window, G, E),), ())
         self.q_proj = nn.Linear(d_model, H * E, bias=config.bias)
         self.k_proj = nn.Linear(d_model, G * E, bias=config.bias)
         self.v_proj = nn.Linear(d_model, G * E, bias=config.bias)
@@ -118,11 +122,10 @@ class Attention(nn.Module):
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             layer.reset_parameters()
 
-    def initial_state(self, batch: int) -> AttentionState:
-        """Zeros: the state before the first input of ``batch`` sequences."""
-        like, shape = self.q_proj.weight.new_zeros, (self.config.window, self.config.kv_heads)
-        k, v = like(batch, *shape, self.E), like(batch, *shape, self.E)
-        return AttentionState(k, v, like(batch, dtype=torch.int64))
+    def state_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of the three tensors of a state."""
+        dtype = self.out_proj.weight.dtype
+        return dtype, dtype, torch.int64
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The heads of projections (..., heads * head_dim) of inputs at ``at`` (...): queries and
@@ -148,22 +151,25 @@ class Attention(nn.Module):
         B, Q, H, _ = q.shape
         G = k.shape[2]
         # Heads that share keys are rows of one product with them.
-        rows = q.view(B, Q, G, H // G, self.E).permute(0, 2, 3, 1, 4).reshape(B, G, -1, self.E)
+        rows = q.view(B, Q, G, H // G, self.E).permute(0, 2, 3, 1, 4).flatten(2, 3)
         mask = mask[:, None, None].expand(-1, 1, H // G, -1, -1).flatten(2, 3)
         y = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), mask)
-        return y.view(B, G, H // G, Q, self.E).permute(0, 3, 1, 2, 4).reshape(B, Q, -1)
+        return y.view(B, G, H // G, Q, self.E).permute(0, 3, 1, 2, 4).flatten(2)
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor, past: AttentionState) -> Tensor:
         """Attention of T inputs that follow on those of ``past``: (B, T, heads * E)."""
         W, T, seen = self.config.window, q.shape[1], past.seen
+        compiled = torch.compiler.is_compiling()
         # No more keys of the past than the rows have. Counting waits for a device.
         count = W - 1
-        if seen.is_cpu and not torch.compiler.is_compiling():
+        if seen.is_cpu and not compiled:
             count = min(count, int(seen.max()) if len(seen) else 0)
         slots = (seen[:, None] + torch.arange(-count, 0, device=seen.device)) % W
         rows = torch.arange(len(seen), device=seen.device)[:, None]
         k = torch.cat([past.k[rows, slots].to(k.dtype), k], 1)
         v = torch.cat([past.v[rows, slots].to(v.dtype), v], 1)
+        if compiled:
+            return self._all_blocks(q, k, v, seen)
         out = []
         for begin in range(0, T, _BLOCK):
             # Query t is key count + t and sees the W keys up to that one.
@@ -176,6 +182,22 @@ class Attention(nn.Module):
             part = slice(low, count + end)
             out.append(self._attend(q[:, begin:end], k[:, part], v[:, part], mask))
         return torch.cat(out, 1) if out else q.flatten(2)
+
+    def _all_blocks(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        """The same for T queries and window - 1 keys more, all blocks in one call: a program with a
+        loop over them would be one for each T."""
+        W, (B, T) = self.config.window, q.shape[:2]
+        n, span = T // _BLOCK + 1, W - 1 + _BLOCK  # never whole, which would be another program
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, n * _BLOCK - T)) for x in (q, k, v))
+        q = q.reshape(B * n, _BLOCK, *q.shape[2:])
+        k, v = (x.unfold(1, span, _BLOCK).permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (k, v))
+        key = torch.arange(span, device=q.device)
+        ago = W - 1 + torch.arange(_BLOCK, device=q.device)[:, None] - key
+        there = key + _BLOCK * torch.arange(n, device=q.device)[:, None] >= (
+            W - 1 - seen[:, None, None]
+        )
+        mask = ((ago >= 0) & (ago < W)) & there.flatten(0, 1)[:, None]
+        return self._attend(q, k, v, mask).view(B, n * _BLOCK, -1)[:, :T]
 
     def _remember(self, k: Tensor, v: Tensor, past: AttentionState) -> AttentionState:
         """The state after T more inputs with these keys and values."""
@@ -201,15 +223,18 @@ class Attention(nn.Module):
 
         Returns:
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
+
+        Raises:
+            ValueError: ``cu_seqlens`` or the state does not fit ``x``.
         """
-        ends = None if cu_seqlens is None else check_offsets("Attention", cu_seqlens, x.shape[1])
-        count = x.shape[0] if ends is None else len(ends) - 1
-        state = state or self.initial_state(count)
+        rows = self.check(x, state, cu_seqlens)
+        state = state or self.initial_state(rows)
         at, _ = positions(state.seen, x.shape[1], cu_seqlens)
         q, k, v = self._heads(self.q_proj(x), self.k_proj(x), self.v_proj(x), at)
-        if ends is None:
+        if cu_seqlens is None:
             y, state = self._local(q, k, v, state), self._remember(k, v, state)
             return self.out_proj(y), state
+        ends = cu_seqlens.tolist()
         parts, after = [], []
         for n, (begin, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
             past = AttentionState(*(s[n : n + 1] for s in state))
@@ -225,6 +250,7 @@ class Attention(nn.Module):
     @torch.no_grad()
     def step(self, x: Tensor, state: AttentionState) -> Tensor:
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
+        self.check(x, state)
         layers = self.q_proj, self.k_proj, self.v_proj
         q, k, v = self._heads(*(apply_step(m, x) for m in layers), state.seen)
         W, rows = self.config.window, torch.arange(len(x), device=x.device)

@@ -97,6 +97,7 @@ class HGRN(ScanMixer):
         config = config or HGRNConfig()
         self.N, self.complex = config.channels(d_model), config.complex
         self.low = config.eig_range[0]
+        self.state_shapes = ((self.N, 2) if config.complex else (self.N,),)
         parts = self.N * (1 + config.complex)
         self.in_proj = nn.Linear(d_model, self.N + 2 * parts, bias=False)
         self.theta = nn.Parameter(torch.empty(self.N)) if config.complex else None
@@ -120,9 +121,6 @@ class HGRN(ScanMixer):
     def share(self, module: HGRNBounds, index: int) -> None:
         """Takes the lower bounds that the layers of a model share, of which this is one."""
         self.bounds = (module, index) if index else None
-
-    def _state_shape(self) -> tuple[int, ...]:
-        return (self.N, 2) if self.complex else (self.N,)
 
     def _gates(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """The gate, or its logarithm where it cannot be negative, and 1 less the gate."""
@@ -151,7 +149,9 @@ class HGRN(ScanMixer):
             # torch.polar of the gate itself would have a wrong gradient where that is negative.
             turn = 1j * theta + gate if self.low == 0 else gate * torch.exp(1j * theta)
             return (turn, to_complex(c) * rest), g
-        return (gate.to(c.dtype), (c * rest).to(c.dtype)), g
+        # 16 bits keep the leading digits of a logarithm, but not what a gate close to 1 lacks.
+        dtype = c.dtype if self.low == 0 else gate.dtype
+        return (gate.to(dtype), (c * rest).to(dtype)), g
 
     def _scan(
         self, given: tuple[Tensor, Tensor], h: Tensor, cu_seqlens: Tensor | None
@@ -161,11 +161,12 @@ class HGRN(ScanMixer):
             return complex_scan(self.ops, *given, h, **options)
         return self.ops.linear_scan(*given, h, **options)
 
-    def _scan_step(self, given: tuple[Tensor, Tensor], h: Tensor) -> Tensor:
+    def _scan_step(self, given: tuple[Tensor, Tensor], h: Tensor, slots: Tensor | None) -> Tensor:
+        options = {"log_a": self.low == 0, "slots": slots}
         if self.complex:
-            return complex_step(self.ops, *given, h, log_a=self.low == 0)
-        return self.ops.linear_scan_step(h, *given, log_a=self.low == 0)
+            return complex_step(self.ops, *given, h, **options)
+        return self.ops.linear_scan_step(h, *given, **options)
 
     def _after(self, h: Tensor, g: Tensor, linear: Apply) -> Tensor:
-        h = to_real(h, g.dtype) if self.complex else h
+        h = to_real(h, g.dtype) if self.complex else h.to(g.dtype)
         return linear(self.out_proj, self.norm(h) * F.silu(g))

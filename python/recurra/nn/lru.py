@@ -73,6 +73,7 @@ class LRU(ScanMixer):
         super().__init__()
         self.config = config or LRUConfig()
         N = channels("LRU", self.config.expand, d_model)
+        self.state_shapes = ((N, 2),)
         self.nu_log, self.theta_log, self.gamma_log = (
             nn.Parameter(torch.empty(N)) for _ in range(3)
         )
@@ -106,9 +107,6 @@ class LRU(ScanMixer):
         nu, theta = (p.to(state_dtype(p.dtype)).exp() for p in (self.nu_log, self.theta_log))
         return torch.polar(torch.exp(-nu), theta)
 
-    def _state_shape(self) -> tuple[int, ...]:
-        return (*self.nu_log.shape, 2)
-
     def _before(self, x: Tensor, linear: Apply) -> tuple[tuple[Tensor, Tensor], Tensor]:
         gamma = self.gamma_log.to(state_dtype(self.gamma_log.dtype)).exp()
         return (self.eigenvalues()[None], to_complex(linear(self.in_proj, x)) * gamma), x
@@ -119,8 +117,8 @@ class LRU(ScanMixer):
         a, b = given
         return complex_scan(self.ops, a[None], b, h, cu_seqlens=cu_seqlens)
 
-    def _scan_step(self, given: tuple[Tensor, Tensor], h: Tensor) -> Tensor:
-        return complex_step(self.ops, *given, h)
+    def _scan_step(self, given: tuple[Tensor, Tensor], h: Tensor, slots: Tensor | None) -> Tensor:
+        return complex_step(self.ops, *given, h, slots=slots)
 
     def _after(self, h: Tensor, x: Tensor, linear: Apply) -> Tensor:
         y = linear(self.state_proj, to_real(h, x.dtype)) + self.D * x

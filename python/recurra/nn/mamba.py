@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recurra import ops
 from recurra._check import state_dtype
 from recurra.nn._config import MixerConfig, check_fields
+from recurra.nn._mixer import Kept, Mixer
 from recurra.ops.linear_step import linear_step
 
 
 @dataclasses.dataclass(frozen=True)
 class MambaConfig(MixerConfig):
-    """Sizes of a :class:`Mamba` mixer.
+    """Sizes of a :class:`Mamba` mixer. It has no ``eig_range``: its gates exp(dt A) are positive
+    by construction.
 
     Attributes:
         d_state: N, states of a channel.
@@ -91,7 +92,7 @@ def decay_rates(A_log: Tensor) -> Tensor:
     return -torch.exp(A_log.to(state_dtype(A_log.dtype)))
 
 
-class Mamba(nn.Module):
+class Mamba(Mixer):
     """Selective state space mixer, Gu and Dao, "Mamba: linear-time sequence modeling with selective
     state spaces" (2023), section 3.4 and algorithm 2.
 
@@ -102,8 +103,8 @@ class Mamba(nn.Module):
         config: the sizes inside.
     """
 
-    # Where the ops come from; an instance may be given recurra.reference instead.
-    ops = ops
+    State = MambaState
+    slotted = True
 
     def __init__(self, d_model: int, config: MambaConfig | None = None):
         super().__init__()
@@ -119,7 +120,8 @@ class Mamba(nn.Module):
         self.A_log = nn.Parameter(torch.empty(D, N))
         self.D = nn.Parameter(torch.empty(D))
         self.out_proj = nn.Linear(D, d_model, bias=config.bias)
-        self._A_of_steps: tuple[Tensor, Tensor] | None = None
+        self.state_shapes = ((max(config.d_conv, 2) - 1, D), (D, N))
+        self._kept = Kept()
         self.reset_parameters()
 
     @torch.no_grad()
@@ -137,14 +139,6 @@ class Mamba(nn.Module):
         self.A_log.copy_(torch.arange(1, N + 1, dtype=self.A_log.dtype).log().expand(D, N))
         nn.init.ones_(self.D)
 
-    def initial_state(self, batch: int) -> MambaState:
-        """Zeros: the state before the first input of ``batch`` sequences."""
-        D, N = self.A_log.shape
-        like = self.D.new_zeros
-        dtype = state_dtype(self.D.dtype)
-        width = max(self.conv1d.weight.shape[2], 2)
-        return MambaState(like(batch, width - 1, D, dtype=dtype), like(batch, D, N, dtype=dtype))
-
     def _conv_weight(self) -> Tensor:
         weight = self.conv1d.weight[:, 0]
         return weight if weight.shape[1] > 1 else F.pad(weight, (1, 0))
@@ -155,16 +149,6 @@ class Mamba(nn.Module):
 
     def _A(self) -> Tensor:
         return decay_rates(self.A_log)
-
-    def _A_for_step(self) -> Tensor:
-        # A twentieth of the time of a step, so it is kept beside a copy of what it was made of:
-        # neither identity nor version of a parameter tells of every change, such as an optimizer's.
-        A_log, kept = self.A_log.detach(), self._A_of_steps
-        if not A_log.is_cpu:  # comparing would wait for the device
-            return self._A()
-        if kept is None or kept[0].dtype != A_log.dtype or not torch.equal(kept[0], A_log):
-            kept = self._A_of_steps = A_log.clone(), self._A()
-        return kept[1]
 
     def forward(
         self, x: Tensor, state: MambaState | None = None, *, cu_seqlens: Tensor | None = None
@@ -179,7 +163,11 @@ class Mamba(nn.Module):
 
         Returns:
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
+
+        Raises:
+            ValueError: ``cu_seqlens`` or the state does not fit ``x``.
         """
+        self.check(x, state, cu_seqlens)
         conv, ssm = state or (None, None)
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u, conv = self.ops.causal_conv1d(
@@ -201,23 +189,26 @@ class Mamba(nn.Module):
         )
         return self.out_proj(y), MambaState(conv, ssm)
 
-    def step(self, x: Tensor, state: MambaState) -> Tensor:
+    @torch.no_grad()
+    def step(self, x: Tensor, state: MambaState, slots: Tensor | None = None) -> Tensor:
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
+        self.check(x, state, slots=slots)
         u, z = linear_step(x, self.in_proj.weight, self.in_proj.bias).chunk(2, dim=-1)
         u = self.ops.causal_conv1d_step(
-            state.conv, u, self._conv_weight(), self.conv1d.bias, activation="silu"
+            state.conv, u, self._conv_weight(), self.conv1d.bias, activation="silu", slots=slots
         )
         dt, B, C = self._split(linear_step(u, self.x_proj.weight))
         y = self.ops.selective_scan_step(
             state.ssm,
             u,
             linear_step(dt, self.dt_proj.weight),
-            self._A_for_step(),
+            self._kept(self._A, self.A_log),  # a twentieth of the time of a step
             B,
             C,
             self.D,
             z,
             self.dt_proj.bias,
             delta_softplus=True,
+            slots=slots,
         )
         return linear_step(y, self.out_proj.weight, self.out_proj.bias)

@@ -8,10 +8,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recurra import ops
 from recurra._check import state_dtype
 from recurra.nn._config import MixerConfig, check_eig_range, check_fields
-from recurra.nn._scan import apply_step, channels, sequence_count
+from recurra.nn._mixer import Mixer
+from recurra.nn._scan import apply_step, channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,8 @@ def windows(x: Tensor, before: Tensor, cu_seqlens: Tensor | None = None) -> tupl
     """
     if cu_seqlens is not None:
         lengths = cu_seqlens.diff().tolist()
+        if not lengths:
+            return x.repeat(1, 1, before.shape[1] + 1), before
         pairs = zip(x.split(lengths, 1), before.split(1), strict=True)
         parts, last = zip(*(windows(*pair) for pair in pairs), strict=True)
         return torch.cat(parts, 1), torch.cat(last)
@@ -79,7 +81,7 @@ def windows(x: Tensor, before: Tensor, cu_seqlens: Tensor | None = None) -> tupl
     return seen, whole[:, T:].to(before.dtype)
 
 
-class QRNN(nn.Module):
+class QRNN(Mixer):
     r"""Quasi-recurrent network with fo-pooling: Bradbury et al., "Quasi-recurrent neural networks"
     (2017), section 2.
 
@@ -91,14 +93,14 @@ class QRNN(nn.Module):
         config: the sizes inside.
     """
 
-    # Where the ops come from; an instance may be given recurra.reference instead.
-    ops = ops
+    State = QRNNState
 
     def __init__(self, d_model: int, config: QRNNConfig | None = None):
         super().__init__()
         config = config or QRNNConfig()
         self.k, self.low = config.window, config.eig_range[0]
         N = channels("QRNN", config.expand, d_model)
+        self.state_shapes = ((self.k - 1, d_model), (N,))
         # The convolution as a layer over the k inputs that it reads.
         self.in_proj = nn.Linear(self.k * d_model, 3 * N)
         self.out_proj = nn.Linear(N, d_model, bias=False)
@@ -108,15 +110,10 @@ class QRNN(nn.Module):
         self.in_proj.reset_parameters()
         self.out_proj.reset_parameters()
 
-    def initial_state(self, batch: int) -> QRNNState:
-        """Zeros: the state before the first input of ``batch`` sequences."""
-        width, N = self.out_proj.weight.shape
-        like, dtype = self.out_proj.weight.new_zeros, state_dtype(self.out_proj.weight.dtype)
-        return QRNNState(like(batch, self.k - 1, width, dtype=dtype), like(batch, N, dtype=dtype))
-
     def _gates(self, zfo: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gate and input of the scan, and the output gate."""
-        z, f, o = zfo.chunk(3, dim=-1)
+        """Gate and input of the scan, and the output gate; none of them of 16 bits, in which a gate
+        close to 1 would be 1."""
+        z, f, o = zfo.to(state_dtype(zfo.dtype)).chunk(3, dim=-1)
         rest = (1 - self.low) * torch.sigmoid(-f)
         return 1 - rest, rest * torch.tanh(z), torch.sigmoid(o)
 
@@ -133,18 +130,25 @@ class QRNN(nn.Module):
 
         Returns:
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
+
+        Raises:
+            ValueError: ``cu_seqlens`` or the state does not fit ``x``.
         """
-        conv, c = state or self.initial_state(sequence_count(x, cu_seqlens))
+        rows = self.check(x, state, cu_seqlens)
+        conv, c = state or self.initial_state(rows)
         seen, conv = windows(x, conv, cu_seqlens)
-        a, b, o = self._gates(self.in_proj(seen))
+        zfo = self.in_proj(seen)
+        a, b, o = self._gates(zfo)
         y, c = self.ops.linear_scan(a, b, c, cu_seqlens=cu_seqlens)
-        return self.out_proj(o * y), QRNNState(conv, c)
+        return self.out_proj((o * y).to(zfo.dtype)), QRNNState(conv, c)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: QRNNState) -> Tensor:
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
+        self.check(x, state)
         seen, conv = windows(x[:, None], state.conv)
         state.conv.copy_(conv)
-        a, b, o = self._gates(apply_step(self.in_proj, seen[:, 0]))
+        zfo = apply_step(self.in_proj, seen[:, 0])
+        a, b, o = self._gates(zfo)
         y = self.ops.linear_scan_step(state.c, a, b)
-        return apply_step(self.out_proj, o * y)
+        return apply_step(self.out_proj, (o * y).to(zfo.dtype))

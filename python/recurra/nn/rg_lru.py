@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recurra import ops
 from recurra._check import state_dtype
 from recurra.nn._config import MixerConfig, check_fields
+from recurra.nn._mixer import Mixer
 from recurra.nn._positions import positions
-from recurra.nn._scan import apply_step, sequence_count
+from recurra.nn._scan import apply_step
 
 _C = 8.0  # of equation 6
 _MAX_SQRT_GRADIENT = 1000.0
@@ -21,7 +21,8 @@ _MAX_SQRT_GRADIENT = 1000.0
 
 @dataclasses.dataclass(frozen=True)
 class RGLRUConfig(MixerConfig):
-    """Sizes of an :class:`RGLRU` mixer.
+    """Sizes of an :class:`RGLRU` mixer. It has no ``eig_range``: its gate, the exponential of
+    -8 r softplus(recurrent_param), is positive by construction.
 
     Attributes:
         expand: channels of the recurrence, D, as a multiple of the width of the model.
@@ -82,7 +83,14 @@ class _InputFactor(torch.autograd.Function):
         return -gradient * torch.exp(2 * log_a) / factor.clamp(min=0.5 / _MAX_SQRT_GRADIENT)
 
 
-class RGLRU(nn.Module):
+def _rows(slots: Tensor, states: int) -> tuple[Tensor, Tensor]:
+    """Where each row looks for its state, and whether it has one: on CUDA the ops skip slots past
+    the last as they skip those below 0, so neither may be looked up here."""
+    rows = slots.clamp(0, states - 1)
+    return rows, rows == slots
+
+
+class RGLRU(Mixer):
     """Recurrent block with an RG-LRU, De et al., "Griffin: mixing gated linear recurrences with
     local attention for efficient language models" (2024), section 2.4, equations 1 to 6.
 
@@ -94,8 +102,8 @@ class RGLRU(nn.Module):
         config: the sizes inside.
     """
 
-    # Where the ops come from; an instance may be given recurra.reference instead.
-    ops = ops
+    State = RGLRUState
+    slotted = True
 
     def __init__(self, d_model: int, config: RGLRUConfig | None = None):
         super().__init__()
@@ -103,6 +111,7 @@ class RGLRU(nn.Module):
         D, H = config.channels(d_model), config.heads
         if D < 1 or D % H:
             raise ValueError(f"RGLRU: heads must divide expand * d_model = {D}, got {H}")
+        self.state_shapes = ((config.d_conv - 1, D), (D,), ())
         self.linear_x = nn.Linear(d_model, D)
         self.linear_y = nn.Linear(d_model, D)
         # Holds weight (D, 1, W) and bias (D,); the op computes.
@@ -130,12 +139,9 @@ class RGLRU(nn.Module):
         rate = torch.empty_like(self.recurrent_param).uniform_(0.9**2, 0.999**2).log_().mul_(-0.5)
         self.recurrent_param.copy_(rate.expm1_().log_())
 
-    def initial_state(self, batch: int) -> RGLRUState:
-        """Zeros: the state before the first input of ``batch`` sequences."""
-        D, _, W = self.conv1d.weight.shape
-        like, dtype = self.recurrent_param.new_zeros, state_dtype(self.recurrent_param.dtype)
-        conv, h = like(batch, W - 1, D, dtype=dtype), like(batch, D, dtype=dtype)
-        return RGLRUState(conv, h, like(batch, dtype=torch.int64))
+    def state_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of the three tensors of a state."""
+        return (*super().state_dtypes()[:2], torch.int64)
 
     def _gate(self, u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Sigmoid of a block-diagonal layer over the rows of u (N, D)."""
@@ -165,8 +171,12 @@ class RGLRU(nn.Module):
 
         Returns:
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
+
+        Raises:
+            ValueError: ``cu_seqlens`` or the state does not fit ``x``.
         """
-        conv, h, seen = state or self.initial_state(sequence_count(x, cu_seqlens))
+        rows = self.check(x, state, cu_seqlens)
+        conv, h, seen = state or self.initial_state(rows)
         weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
         u, conv = self.ops.causal_conv1d(
             self.linear_x(x), weight, bias, conv, cu_seqlens=cu_seqlens
@@ -178,17 +188,25 @@ class RGLRU(nn.Module):
         return self.out_proj(y.to(gate.dtype) * gate), RGLRUState(conv, h, seen)
 
     @torch.no_grad()
-    def step(self, x: Tensor, state: RGLRUState) -> Tensor:
+    def step(self, x: Tensor, state: RGLRUState, slots: Tensor | None = None) -> Tensor:
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
+        self.check(x, state, slots=slots)
         u = self.ops.causal_conv1d_step(
             state.conv,
             apply_step(self.linear_x, x),
             self.conv1d.weight[:, 0],
             self.conv1d.bias,
+            slots=slots,
         )
-        log_a, b = self._gates(u, state.seen == 0)
-        y = self.ops.linear_scan_step(state.h, log_a, b, log_a=True)
-        state.seen.add_(1)
+        rows, here = (None, None) if slots is None else _rows(slots, len(state.seen))
+        log_a, b = self._gates(
+            u, (state.seen if rows is None else state.seen.index_select(0, rows)) == 0
+        )
+        y = self.ops.linear_scan_step(state.h, log_a, b, log_a=True, slots=slots)
+        if rows is None:
+            state.seen.add_(1)
+        else:
+            state.seen.index_add_(0, rows, here.to(state.seen.dtype))
         gate = apply_step(self.linear_y, x)
         y = y.to(gate.dtype) * F.gelu(gate, approximate="tanh")
         return apply_step(self.out_proj, y)

@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recurra import ops
-from recurra._check import state_dtype
 from recurra._files import shown
 from recurra.nn._config import MixerConfig, check_eig_range, check_fields
-from recurra.nn._scan import apply_step, sequence_count
+from recurra.nn._mixer import Mixer
+from recurra.nn._scan import apply_step
 from recurra.ops.rnn import cells
 
 
@@ -92,7 +91,7 @@ class RNNState(NamedTuple):
     h: Tensor
 
 
-class RNN(nn.Module):
+class RNN(Mixer):
     """A nonlinear recurrence in the block of ParaRNN (Danieli et al., arXiv 2510.21450): short
     convolution, cell, gate, between two projections.
 
@@ -101,8 +100,8 @@ class RNN(nn.Module):
         config: the cell and the sizes inside.
     """
 
-    # Where the ops come from; an instance may be given recurra.reference instead.
-    ops = ops
+    State = RNNState
+    slotted = True
 
     def __init__(self, d_model: int, config: RNNConfig | None = None):
         super().__init__()
@@ -111,6 +110,7 @@ class RNN(nn.Module):
         if N < 1:
             raise ValueError(f"RNN: expand * d_model must be at least 1, got {N}")
         self.cell, self.gate, self.W = config.cell, config.gate, config.d_conv
+        self.state_shapes = ((self.W - 1, N), (len(info.states), N))
         self.in_proj = nn.Linear(d_model, (1 + config.gate) * N, bias=False)
         # Holds weight (N, 1, W) and bias (N,); the op computes.
         self.conv1d = nn.Conv1d(N, N, self.W, groups=N) if self.W > 1 else None
@@ -135,12 +135,6 @@ class RNN(nn.Module):
                 layer.reset_parameters()
         init_cell_(self.cell, self.recurrent, self.cell_proj.bias, self.scale)
 
-    def initial_state(self, batch: int) -> RNNState:
-        """Zeros: the state before the first input of ``batch`` sequences."""
-        N, K = self.recurrent.shape[1], len(cells()[self.cell].states)
-        like, dtype = self.recurrent.new_zeros, state_dtype(self.recurrent.dtype)
-        return RNNState(like(batch, self.W - 1, N, dtype=dtype), like(batch, K, N, dtype=dtype))
-
     def _rows(self, u: Tensor) -> Tensor:
         return u.unflatten(-1, (-1, self.recurrent.shape[1]))
 
@@ -157,8 +151,12 @@ class RNN(nn.Module):
 
         Returns:
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
+
+        Raises:
+            ValueError: ``cu_seqlens`` or the state does not fit ``x``.
         """
-        conv, h = state or self.initial_state(sequence_count(x, cu_seqlens))
+        rows = self.check(x, state, cu_seqlens)
+        conv, h = state or self.initial_state(rows)
         u, *gate = self.in_proj(x).chunk(1 + self.gate, dim=-1)
         if self.conv1d is not None:
             weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
@@ -172,14 +170,18 @@ class RNN(nn.Module):
             y = y * F.silu(z)
         return self.out_proj(y), RNNState(conv, h)
 
-    def step(self, x: Tensor, state: RNNState) -> Tensor:
+    @torch.no_grad()
+    def step(self, x: Tensor, state: RNNState, slots: Tensor | None = None) -> Tensor:
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
+        self.check(x, state, slots=slots)
         u, *gate = apply_step(self.in_proj, x).chunk(1 + self.gate, dim=-1)
         if self.conv1d is not None:
             weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias
-            u = self.ops.causal_conv1d_step(state.conv, u, weight, bias, activation="silu")
+            u = self.ops.causal_conv1d_step(
+                state.conv, u, weight, bias, activation="silu", slots=slots
+            )
         rows = self._rows(apply_step(self.cell_proj, u))
-        y = self.ops.rnn_step(state.h, rows, self.recurrent, cell=self.cell)
+        y = self.ops.rnn_step(state.h, rows, self.recurrent, cell=self.cell, slots=slots)
         for z in gate:
             y = y * F.silu(z)
         return apply_step(self.out_proj, y)

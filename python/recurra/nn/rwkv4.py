@@ -9,15 +9,16 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recurra import ops
 from recurra._check import state_dtype
 from recurra.nn._config import MixerConfig, check_fields
-from recurra.nn._scan import Apply, apply, apply_step, empty_softmax_state, sequence_count
+from recurra.nn._mixer import Mixer
+from recurra.nn._scan import Apply, apply, apply_step, see_nothing_
 
 
 @dataclasses.dataclass(frozen=True)
 class RWKV4Config(MixerConfig):
-    """Sizes of an :class:`RWKV4` mixer.
+    """Sizes of an :class:`RWKV4` mixer. It has no ``eig_range``: its decays, as weights
+    of a softmax, are positive by construction.
 
     Attributes:
         expand: channels inside, N, as a multiple of the width of the model.
@@ -114,7 +115,7 @@ def _fill_ratios(mix: Tensor, power: float, plus: float = 0.0) -> None:
     mix.copy_(channels**power + plus)
 
 
-class RWKV4(nn.Module):
+class RWKV4(Mixer):
     """Time mixing of RWKV-4, Peng et al., "RWKV: Reinventing RNNs for the transformer era" (2023),
     section 3.1, equations 11 to 13, 16 and 17.
 
@@ -126,8 +127,7 @@ class RWKV4(nn.Module):
         config: the sizes inside.
     """
 
-    # Where the ops come from; an instance may be given recurra.reference instead.
-    ops = ops
+    State = RWKV4State
     # Which layer of how many this is: initial weights differ by it. That in the middle.
     place = (1, 3)
 
@@ -136,6 +136,7 @@ class RWKV4(nn.Module):
         N = (config or RWKV4Config()).channels(d_model)
         if N < 1:
             raise ValueError(f"RWKV4: expand * d_model must be at least 1, got {N}")
+        self.state_shapes = ((d_model,), (3, N))
         self.time_decay = nn.Parameter(torch.empty(N))
         self.time_first = nn.Parameter(torch.empty(N))
         self.time_mix_key = nn.Parameter(torch.empty(1, 1, d_model))
@@ -169,8 +170,9 @@ class RWKV4(nn.Module):
     def initial_state(self, batch: int) -> RWKV4State:
         """The state before the first input of ``batch`` sequences: zeros, and a scan that has seen
         nothing."""
-        wkv = empty_softmax_state(self.time_decay, batch, self.time_decay.shape[0])
-        return RWKV4State(wkv.new_zeros(batch, self.key.in_features), wkv)
+        state = super().initial_state(batch)
+        see_nothing_(state.wkv)
+        return state
 
     def _inputs(self, x: Tensor, before: Tensor, linear: Apply) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values and what they are received by."""
@@ -195,8 +197,12 @@ class RWKV4(nn.Module):
 
         Returns:
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
+
+        Raises:
+            ValueError: ``cu_seqlens`` or the state does not fit ``x``.
         """
-        shift, wkv = state or self.initial_state(sequence_count(x, cu_seqlens))
+        rows = self.check(x, state, cu_seqlens)
+        shift, wkv = state or self.initial_state(rows)
         before, shift = token_shift(x, shift, cu_seqlens)
         k, v, r = self._inputs(x, before, apply)
         y, wkv = self.ops.softmax_scan(
@@ -207,13 +213,14 @@ class RWKV4(nn.Module):
     @torch.no_grad()
     def step(self, x: Tensor, state: RWKV4State) -> Tensor:
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
+        self.check(x, state)
         k, v, r = self._inputs(x, state.shift.to(x.dtype), apply_step)
         state.shift.copy_(x)
         y = self.ops.softmax_scan_step(state.wkv, k, v, decay=self._decay(), bonus=self.time_first)
         return apply_step(self.out_proj, r * y)
 
 
-class RWKV4Channel(nn.Module):
+class RWKV4Channel(Mixer):
     """Channel mixing of RWKV-4, Peng et al. (2023), equations 14, 15 and 18: what follows an
     :class:`RWKV4` mixer in its block. It remembers the last input.
 
@@ -226,7 +233,7 @@ class RWKV4Channel(nn.Module):
     """
 
     stateful = True
-    ops = ops  # it needs none
+    State = RWKV4ChannelState
     place = (1, 3)
 
     def __init__(self, d_model: int, config: RWKV4ChannelConfig | None = None):
@@ -234,6 +241,7 @@ class RWKV4Channel(nn.Module):
         N = (config or RWKV4ChannelConfig()).channels(d_model)
         if N < 1:
             raise ValueError(f"RWKV4Channel: expand * d_model must be at least 1, got {N}")
+        self.state_shapes = ((d_model,),)
         self.time_mix_key = nn.Parameter(torch.empty(1, 1, d_model))
         self.time_mix_receptance = nn.Parameter(torch.empty(1, 1, d_model))
         self.key = nn.Linear(d_model, N, bias=False)
@@ -255,11 +263,6 @@ class RWKV4Channel(nn.Module):
         nn.init.zeros_(self.receptance.weight)
         nn.init.zeros_(self.out_proj.weight)
 
-    def initial_state(self, batch: int) -> RWKV4ChannelState:
-        """Zeros: the state before the first input of ``batch`` sequences."""
-        mix = self.time_mix_key
-        return RWKV4ChannelState(mix.new_zeros(batch, mix.shape[-1], dtype=state_dtype(mix.dtype)))
-
     def _channels(self, x: Tensor, before: Tensor, linear: Apply) -> Tensor:
         k = linear(self.key, mixed(x, before, self.time_mix_key))
         r = linear(self.receptance, mixed(x, before, self.time_mix_receptance))
@@ -269,13 +272,15 @@ class RWKV4Channel(nn.Module):
         self, x: Tensor, state: RWKV4ChannelState | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, RWKV4ChannelState]:
         """(B, T, d_model) to the same; arguments and results as those of :class:`RWKV4`."""
-        (shift,) = state or self.initial_state(sequence_count(x, cu_seqlens))
+        rows = self.check(x, state, cu_seqlens)
+        (shift,) = state or self.initial_state(rows)
         before, shift = token_shift(x, shift, cu_seqlens)
         return self._channels(x, before, apply), RWKV4ChannelState(shift)
 
     @torch.no_grad()
     def step(self, x: Tensor, state: RWKV4ChannelState) -> Tensor:
         """(B, d_model) to the same; updates ``state`` in place."""
+        self.check(x, state)
         y = self._channels(x, state.shift.to(x.dtype), apply_step)
         state.shift.copy_(x)
         return y

@@ -4,9 +4,11 @@ convolution."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,9 +16,10 @@ from torch import Tensor, nn
 from recurra._check import state_dtype
 from recurra.nn._complex import complex_scan, complex_step, to_complex, to_real
 from recurra.nn._config import MixerConfig, check_fields
+from recurra.nn._mixer import Kept
 from recurra.nn._scan import Apply, ScanMixer
 
-_VIEWS = ("recurrent", "convolution")
+_VIEWS = ("auto", "recurrent", "convolution")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,9 @@ class S4DConfig(MixerConfig):
         dt_min: least time step at the beginning; small for long memories.
         dt_max: largest.
         view: recurrent, or convolution, by fast Fourier transforms, for whole sequences and
-            chunks; packed sequences and steps are recurrent always. Both give the same.
+            chunks; steps are recurrent always. Both give the same, but an input that is not
+            finite spoils all outputs of its convolution, those before it too. "auto" takes the
+            faster: for S4D the convolution from 64 inputs on, else the recurrence.
 
     Raises:
         ValueError: the view is unknown, or a size is out of range.
@@ -41,7 +46,7 @@ class S4DConfig(MixerConfig):
     d_state: int = 64
     dt_min: float = 0.001
     dt_max: float = 0.1
-    view: str = "recurrent"
+    view: str = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self, d_state=(1, self.largest), dt_min=(1e-8, 1e4), dt_max=(self.dt_min, 1e4))
@@ -63,11 +68,12 @@ class S4DConfig(MixerConfig):
 
 @dataclasses.dataclass(frozen=True)
 class S5Config(S4DConfig):
-    """Sizes of an :class:`S5` mixer: as :class:`S4DConfig`, but the states are those of all
-    channels together."""
+    """Sizes of an :class:`S5` mixer: as :class:`S4DConfig`, but the states, at most 2048, are
+    those of all channels together."""
 
     kind: ClassVar[str] = "s5"
     letter: ClassVar[str] = "S"
+    largest: ClassVar[int] = 2048  # their first frequencies are eigenvalues of a matrix
 
     def make(self, d_model: int) -> S5:
         """The mixer."""
@@ -109,6 +115,34 @@ def causal_convolution(u: Tensor, kernel: Tensor) -> Tensor:
     return torch.fft.irfft(product, 2 * T)[..., :T].mT
 
 
+def powers(z: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """exp(z t) of z (D, N) for all t below T as two factors, of i in ``near`` (D, N, L) and of j L
+    in ``far`` (D, N, J), where t is i + j L: far fewer numbers than one for each step."""
+    L = int(T**0.5) + 1
+    near = torch.arange(L, device=z.device)
+    far = L * torch.arange(-(-T // L), device=z.device)
+    return torch.exp(z[..., None] * near), torch.exp(z[..., None] * far)
+
+
+def sums_of_powers(w: Tensor, near: Tensor, far: Tensor) -> Tensor:
+    """Re(sum_n w_n exp(z_n t)) for weights w (B, D, N) at each t of :func:`powers`, and perhaps
+    some more: (B, D, J L)."""
+    B, D, _ = w.shape
+    rows = (w[..., None] * far).permute(1, 0, 3, 2).conj()  # Re(x y) is a product with conj(x)
+    rows = torch.view_as_real(rows.resolve_conj()).reshape(D, B * far.shape[-1], -1)
+    columns = torch.view_as_real(near.mT.contiguous()).flatten(2)
+    return (rows @ columns.mT).view(D, B, -1).transpose(0, 1)
+
+
+def weighted_by_powers(u: Tensor, near: Tensor, far: Tensor) -> Tensor:
+    """sum_t u_t exp(z_n t) for u (B, D, T): (B, D, N)."""
+    (B, D, T), (L, J) = u.shape, (near.shape[-1], far.shape[-1])
+    rows = F.pad(u, (0, J * L - T)).transpose(0, 1).reshape(D, B * J, L)
+    columns = torch.view_as_real(near.mT.contiguous()).flatten(2)
+    inner = torch.view_as_complex((rows @ columns).view(D, B, J, -1, 2))
+    return (inner * far.mT[:, None]).sum(2).transpose(0, 1)
+
+
 def krylov(A: Tensor, v: Tensor, T: int) -> Tensor:
     """v, A v, ..., A^(T-1) v for A (..., N, N) and v (..., N), as (..., T, N), by doubling."""
     rows = v[..., None, :]
@@ -131,7 +165,7 @@ def zero_order_hold(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """z = dt A, exp(z) and (exp(z) - 1) / A, what the input is multiplied by, of a diagonal A whose
     real part is negative."""
-    A = torch.complex(-A_real_log.exp(), A_imag)
+    A = torch.complex(-A_real_log.exp().clamp(min=1e-30), A_imag)  # 0 would be divided by 0
     z = dt * A
     a, less = exp_and_phi(z)
     return z, a, less / A
@@ -145,20 +179,26 @@ def hippo_legs(N: int) -> tuple[Tensor, Tensor]:
     return -torch.tril(root[:, None] * root, -1) - torch.diag(n + 1), root
 
 
-def hippo_frequencies(N: int) -> Tensor:
+@functools.lru_cache(maxsize=8)
+def hippo_frequencies(N: int) -> np.ndarray:
     """The N/2 positive imaginary parts of the eigenvalues of HiPPO-LegS's normal part; the real
     ones are -1/2. S5's paper, section 3.3."""
-    root = (torch.arange(N, dtype=torch.float64) + 0.5).sqrt()
-    outer = root[:, None] * root
-    return torch.linalg.eigvalsh(1j * (torch.tril(outer, -1) - torch.triu(outer, 1)))[N // 2 :]
+    root = np.sqrt(np.arange(N) + 0.5)
+    outer = np.outer(root, root)
+    return np.linalg.eigvalsh(1j * (np.tril(outer, -1) - np.triu(outer, 1)))[N // 2 :]
 
 
 class StateSpace(ScanMixer):
     """What the three have in common: y = SSM(x) + D x, then GELU and a gated linear unit."""
 
+    # The parameters of its system, and the fewest inputs of which the convolution is faster.
+    system: ClassVar[tuple[str, ...]]
+    convolved_from: ClassVar[float] = math.inf
+
     def __init__(self, d_model: int, config: S4DConfig, steps: int):
         super().__init__()
         self.config, self.view = config, config.view
+        self._kept = Kept()
         self.log_dt = nn.Parameter(torch.empty(steps))
         self.D = nn.Parameter(torch.empty(d_model))
         self.out_proj = nn.Linear(d_model, 2 * d_model)
@@ -173,18 +213,41 @@ class StateSpace(ScanMixer):
         self.out_proj.reset_parameters()
         self._reset()
 
-    def _wide(self, *names: str) -> list[Tensor]:
-        """Parameters in the dtype of states: 16 bits are not enough for a system."""
-        return [p.to(state_dtype(p.dtype)) for p in (getattr(self, name) for name in names)]
+    def _parameters_of_system(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.system]
+
+    def _wide(self) -> list[Tensor]:
+        """Its parameters in the dtype of states: 16 bits are not enough for a system."""
+        return [p.to(state_dtype(p.dtype)) for p in self._parameters_of_system()]
+
+    def _system_of_step(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._kept(self._system, *self._parameters_of_system())
 
     def _before(self, x: Tensor, linear: Apply) -> tuple[Tensor, Tensor]:
         return x.to(state_dtype(x.dtype)), x
 
     def _scan(self, u: Tensor, h: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         with torch.autocast(u.device.type, enabled=False):
-            if self.view == "convolution" and cu_seqlens is None and u.shape[1]:
-                return self._convolution(u, h)
-            return self._recurrence(u, h, cu_seqlens)
+            if cu_seqlens is None:
+                return self._view_of(u, h)
+            alone = len(h) and self._convolves(u.shape[1] // len(h))
+            if not alone or torch.compiler.is_compiling():
+                return self._recurrence(u, h, cu_seqlens)
+            # One after another: together they would take the memory of a recurrence.
+            each = zip(u.split(cu_seqlens.diff().tolist(), 1), h.split(1), strict=True)
+            y, last = zip(*(self._view_of(*one) for one in each), strict=True)
+            return torch.cat(y, 1), torch.cat(last)
+
+    def _view_of(self, u: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        if u.numel() and self._convolves(u.shape[1]):
+            return self._convolution(u, h)
+        return self._recurrence(u, h, None)
+
+    def _convolves(self, T: int) -> bool:
+        if self.view != "auto":
+            return self.view == "convolution"
+        # The factors of powers() have sizes that no exported program can leave open.
+        return not torch.compiler.is_exporting() and self.convolved_from <= T
 
     def _after(self, y: Tensor, x: Tensor, linear: Apply) -> Tensor:
         y = F.gelu(y.to(x.dtype) + self.D * x)
@@ -202,10 +265,14 @@ class S4D(StateSpace):
         config: the sizes inside.
     """
 
+    system = ("log_dt", "A_real_log", "A_imag", "C")
+    convolved_from = 64
+
     def __init__(self, d_model: int, config: S4DConfig | None = None):
         config = config or S4DConfig()
         super().__init__(d_model, config, d_model)
         pairs = (d_model, config.d_state // 2)
+        self.state_shapes = ((math.prod(pairs), 2),)
         self.A_real_log = nn.Parameter(torch.empty(pairs))
         self.A_imag = nn.Parameter(torch.empty(pairs))
         self.C = nn.Parameter(torch.empty(*pairs, 2))
@@ -217,12 +284,9 @@ class S4D(StateSpace):
         self.A_imag.copy_(math.pi * torch.arange(self.A_imag.shape[1]).expand_as(self.A_imag))
         nn.init.normal_(self.C, std=0.5**0.5)
 
-    def _state_shape(self) -> tuple[int, ...]:
-        return (self.A_imag.numel(), 2)
-
     def _system(self) -> tuple[Tensor, Tensor, Tensor]:
         """dt A, exp(dt A), and C times what the input is multiplied by; all (D, N/2)."""
-        log_dt, real, imag, C = self._wide("log_dt", "A_real_log", "A_imag", "C")
+        log_dt, real, imag, C = self._wide()
         z, a, b = zero_order_hold(log_dt.exp()[:, None], real, imag)
         return z, a, torch.view_as_complex(C) * b
 
@@ -243,15 +307,17 @@ class S4D(StateSpace):
     def _convolution(self, u: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         z, a, c = self._system()
         T, h = u.shape[1], torch.view_as_complex(h).unflatten(-1, a.shape)
-        powers = torch.exp(z[..., None] * torch.arange(T, device=z.device))
-        y = causal_convolution(u, 2 * torch.einsum("dn,dnt->dt", c, powers).real)
-        y = y + 2 * torch.einsum("bdn,dnt->btd", c * a * h, powers).real
-        last = torch.einsum("dnt,btd->bdn", powers.flip(-1), u.to(a.dtype)) + torch.exp(z * T) * h
+        near, far = powers(z, T)
+        kernel, *free = 2 * sums_of_powers(torch.cat([c[None], c * a * h]), near, far)[..., :T]
+        y = causal_convolution(u, kernel) + torch.stack(free).mT
+        last = weighted_by_powers(u.flip(1).mT, near, far) + torch.exp(z * T) * h
         return y, torch.view_as_real(last.flatten(1))
 
-    def _scan_step(self, u: Tensor, h: Tensor) -> Tensor:
-        _, a, c = self._system()
-        return self._read(complex_step(self.ops, a.view(1, -1), self._spread(u, a), h), c)
+    def _scan_step(self, u: Tensor, h: Tensor, slots: Tensor | None) -> Tensor:
+        _, a, c = self._system_of_step()
+        return self._read(
+            complex_step(self.ops, a.view(1, -1), self._spread(u, a), h, slots=slots), c
+        )
 
 
 class S5(StateSpace):
@@ -266,10 +332,13 @@ class S5(StateSpace):
         config: the sizes inside.
     """
 
+    system = ("log_dt", "A_real_log", "A_imag")
+
     def __init__(self, d_model: int, config: S5Config | None = None):
         config = config or S5Config()
         N = config.d_state
         super().__init__(d_model, config, N // 2)
+        self.state_shapes = ((N // 2, 2),)
         self.A_real_log = nn.Parameter(torch.empty(N // 2))
         self.A_imag = nn.Parameter(torch.empty(N // 2))
         # Complex matrices as real ones: B to both parts of the state, C from both.
@@ -280,16 +349,13 @@ class S5(StateSpace):
     def _reset(self) -> None:
         """Eigenvalues of HiPPO-LegS's normal part, B and C normal."""
         nn.init.constant_(self.A_real_log, math.log(0.5))
-        self.A_imag.copy_(hippo_frequencies(self.config.d_state))
+        self.A_imag.copy_(torch.tensor(hippo_frequencies(self.config.d_state)))
         nn.init.normal_(self.in_proj.weight, std=(2 * self.in_proj.in_features) ** -0.5)
         nn.init.normal_(self.state_proj.weight, std=self.config.d_state**-0.5)
 
-    def _state_shape(self) -> tuple[int, ...]:
-        return (*self.A_imag.shape, 2)
-
     def _system(self) -> tuple[Tensor, Tensor, Tensor]:
         """dt Lambda, exp(dt Lambda), and what B u is multiplied by; all (N/2,)."""
-        log_dt, real, imag = self._wide("log_dt", "A_real_log", "A_imag")
+        log_dt, real, imag = self._wide()
         return zero_order_hold(log_dt.exp(), real, imag)
 
     def _before(self, x: Tensor, linear: Apply) -> tuple[Tensor, Tensor]:
@@ -308,9 +374,9 @@ class S5(StateSpace):
         y = y + powers * (a * torch.view_as_complex(h))[:, None]
         return y, torch.view_as_real(y[:, -1])
 
-    def _scan_step(self, u: Tensor, h: Tensor) -> Tensor:
-        _, a, b = self._system()
-        return complex_step(self.ops, a[None], b * u, h)
+    def _scan_step(self, u: Tensor, h: Tensor, slots: Tensor | None) -> Tensor:
+        _, a, b = self._system_of_step()
+        return complex_step(self.ops, a[None], b * u, h, slots=slots)
 
     def _after(self, h: Tensor, x: Tensor, linear: Apply) -> Tensor:
         return super()._after(2 * linear(self.state_proj, to_real(h, x.dtype)), x, linear)
@@ -328,10 +394,13 @@ class LSSL(StateSpace):
         config: the sizes inside.
     """
 
+    system = ("log_dt", "A", "B", "C")
+
     def __init__(self, d_model: int, config: LSSLConfig | None = None):
         config = config or LSSLConfig()
         super().__init__(d_model, config, d_model)
         N = config.d_state
+        self.state_shapes = ((d_model, N),)
         self.A = nn.Parameter(torch.empty(N, N))
         self.B = nn.Parameter(torch.empty(N))
         self.C = nn.Parameter(torch.empty(d_model, N))
@@ -344,12 +413,9 @@ class LSSL(StateSpace):
         self.B.copy_(B)
         nn.init.normal_(self.C, std=self.config.d_state**-0.5)
 
-    def _state_shape(self) -> tuple[int, ...]:
-        return tuple(self.C.shape)
-
     def _system(self) -> tuple[Tensor, Tensor, Tensor]:
         """A (D, N, N) and B (D, N) of a step of each channel, and C."""
-        log_dt, A, B, C = self._wide("log_dt", "A", "B", "C")
+        log_dt, A, B, C = self._wide()
         alpha, dt = self.config.alpha, log_dt.exp()[:, None, None]
         eye = torch.eye(A.shape[0], dtype=A.dtype, device=A.device)
         ahead = torch.cat([eye + (1 - alpha) * dt * A, dt * B[:, None]], -1)
@@ -369,6 +435,6 @@ class LSSL(StateSpace):
         y = y + (free[:, :, 1:] * C[:, None]).sum(-1).mT
         return y, torch.einsum("dtn,btd->bdn", powers.flip(1), u) + free[:, :, -1]
 
-    def _scan_step(self, u: Tensor, h: Tensor) -> Tensor:
-        A, B, C = self._system()
-        return (self.ops.block_scan_step(h, A[None], u[..., None] * B) * C).sum(-1)
+    def _scan_step(self, u: Tensor, h: Tensor, slots: Tensor | None) -> Tensor:
+        A, B, C = self._system_of_step()
+        return (self.ops.block_scan_step(h, A[None], u[..., None] * B, slots=slots) * C).sum(-1)

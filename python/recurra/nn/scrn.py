@@ -8,15 +8,16 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from recurra import ops
 from recurra._check import state_dtype
 from recurra.nn._config import MixerConfig, check_fields
-from recurra.nn._scan import Apply, apply, apply_step, channels, sequence_count
+from recurra.nn._mixer import Mixer
+from recurra.nn._scan import Apply, apply, apply_step, channels
 
 
 @dataclasses.dataclass(frozen=True)
 class SCRNConfig(MixerConfig):
-    """Sizes of an :class:`SCRN` mixer.
+    """Sizes of an :class:`SCRN` mixer. It has no ``eig_range``: what the context units keep,
+    alpha, is one positive constant, so that they are averages of their inputs.
 
     Attributes:
         expand: hidden units, N, as a multiple of the width of the model.
@@ -56,7 +57,7 @@ class SCRNState(NamedTuple):
     h: Tensor
 
 
-class SCRN(nn.Module):
+class SCRN(Mixer):
     r"""Structurally constrained recurrent network: Mikolov et al., "Learning longer memory in
     recurrent neural networks" (2014), section 3.
 
@@ -71,8 +72,8 @@ class SCRN(nn.Module):
         config: the sizes inside.
     """
 
-    # Where the ops come from; an instance may be given recurra.reference instead.
-    ops = ops
+    State = SCRNState
+    slotted = True
 
     def __init__(self, d_model: int, config: SCRNConfig | None = None):
         super().__init__()
@@ -80,6 +81,7 @@ class SCRN(nn.Module):
         self.alpha = config.alpha
         self.N = channels("SCRN", config.expand, d_model)
         self.S = max(1, int(config.context * d_model))
+        self.state_shapes = ((self.S,), (1, self.N))
         self.in_proj = nn.Linear(d_model, self.S + self.N)
         self.context_proj = nn.Linear(self.S, self.N, bias=False)
         self.recurrent = nn.Parameter(torch.empty(1, self.N))
@@ -95,14 +97,11 @@ class SCRN(nn.Module):
             layer.reset_parameters()
         nn.init.uniform_(self.recurrent, -1, 1)
 
-    def initial_state(self, batch: int) -> SCRNState:
-        """Zeros: the state before the first input of ``batch`` sequences."""
-        like, dtype = self.recurrent.new_zeros, state_dtype(self.recurrent.dtype)
-        return SCRNState(like(batch, self.S, dtype=dtype), like(batch, 1, self.N, dtype=dtype))
-
     def _inputs(self, x: Tensor, linear: Apply) -> tuple[Tensor, Tensor, Tensor]:
-        """Gate and input of the context units, and what the hidden ones get of x."""
+        """Gate and input of the context units, not of 16 bits, to which alpha and 1 - alpha would
+        be rounded apart, and what the hidden ones get of x."""
         b, x = linear(self.in_proj, x).split((self.S, self.N), dim=-1)
+        b = b.to(state_dtype(b.dtype))
         return b.new_full([1] * b.dim(), self.alpha), (1 - self.alpha) * b, x
 
     def forward(
@@ -118,19 +117,25 @@ class SCRN(nn.Module):
 
         Returns:
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
+
+        Raises:
+            ValueError: ``cu_seqlens`` or the state does not fit ``x``.
         """
-        s, h = state or self.initial_state(sequence_count(x, cu_seqlens))
+        rows = self.check(x, state, cu_seqlens)
+        s, h = state or self.initial_state(rows)
         a, b, x = self._inputs(x, apply)
         slow, s = self.ops.linear_scan(a, b, s, cu_seqlens=cu_seqlens)
+        slow = slow.to(x.dtype)
         x = (x + self.context_proj(slow))[:, :, None]
         y, h, *_ = self.ops.rnn(x, self.recurrent, h, cell="tanh", cu_seqlens=cu_seqlens)
         return self.out_proj(torch.cat([slow, y], -1)), SCRNState(s, h)
 
     @torch.no_grad()
-    def step(self, x: Tensor, state: SCRNState) -> Tensor:
+    def step(self, x: Tensor, state: SCRNState, slots: Tensor | None = None) -> Tensor:
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
+        self.check(x, state, slots=slots)
         a, b, x = self._inputs(x, apply_step)
-        slow = self.ops.linear_scan_step(state.s, a, b)
+        slow = self.ops.linear_scan_step(state.s, a, b, slots=slots).to(x.dtype)
         x = (x + apply_step(self.context_proj, slow))[:, None]
-        y = self.ops.rnn_step(state.h, x, self.recurrent, cell="tanh")
+        y = self.ops.rnn_step(state.h, x, self.recurrent, cell="tanh", slots=slots)
         return apply_step(self.out_proj, torch.cat([slow, y], -1))

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from recurra._files import shown
-from recurra.lm.config import LMConfig
+from recurra.lm.config import LMConfig, gemma_scale
 from recurra.lm.formats._common import Fields, end_tokens, eos_token_id, give, require, take
 from recurra.nn import AttentionConfig, GLUConfig, RGLRUConfig
 
@@ -65,7 +63,7 @@ def from_dict(values: dict[str, Any]) -> LMConfig:
         pattern=pattern,
         ffn=GLUConfig(expand=inside / width, activation="gelu_tanh", bias=True),
         norm="gemma",
-        embed_scale=_scale(width),
+        embed_scale=gemma_scale(width),
         residual_in_fp32=False,
         eos_token_ids=end_tokens(values.get("eos_token_id", 1), rest["vocab_size"]),
         **rest,
@@ -78,11 +76,6 @@ def _size(name: str, given: Any) -> int:
     return given
 
 
-def _scale(width: int) -> float:
-    """The factor of the embedding, which is rounded so in RecurrentGemma."""
-    return torch.tensor(width**0.5, dtype=torch.bfloat16).item()
-
-
 def _pattern(given: Any) -> str:
     if not isinstance(given, list) or not given or not all(str(x) in _LETTERS for x in given):
         raise ValueError(f"block_types must list {' and '.join(_LETTERS)}, got {shown(given)}")
@@ -91,10 +84,13 @@ def _pattern(given: Any) -> str:
 
 def _attention(values: dict[str, Any], width: int) -> AttentionConfig:
     # Older files have no rope_parameters, but what these hold beside the rest.
-    rope = values.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"rope_parameters must be an object, got {shown(rope)}")
-    require(rope, rope_type="default")
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        given = values.get(name) or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"{name} must be an object, got {shown(given)}")
+        require(given, rope_type="default", type="default")
+        rope |= given
     fields = take(values, _ATTENTION) | take(values | rope, _ROPE)
     heads, kv_heads = fields["heads"], values.get("num_key_value_heads")
     if type(heads) is int and heads and fields["head_dim"] == width // heads:

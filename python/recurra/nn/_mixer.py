@@ -1,0 +1,130 @@
+"""What all mixers have in common: the state, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from recurra import ops
+from recurra._check import check_offsets, dtype_name, state_dtype
+
+T = TypeVar("T")
+
+
+class Mixer(nn.Module):
+    """A module with ``forward(x, state=None, *, cu_seqlens=None) -> (y, state)``,
+    ``step(x, state) -> y`` and ``out_proj``, its last layer.
+
+    Subclasses set ``State``, a named tuple, and ``state_shapes``, the shapes of its tensors
+    without their rows, one for each sequence. Where ``slotted``, ``step(x, state, slots)`` takes
+    a state of any number of rows and which of them each input has, (B,), where a negative one
+    changes nothing.
+    """
+
+    slotted: ClassVar[bool] = False
+
+    # Where the ops come from; an instance may be given recurra.reference instead.
+    ops = ops
+    State: ClassVar[type[tuple]]
+    state_shapes: tuple[tuple[int, ...], ...]
+    out_proj: nn.Linear
+
+    def state_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of the tensors of a state: float32 for a 16-bit mixer, otherwise that of the mixer."""
+        return (state_dtype(self.out_proj.weight.dtype),) * len(self.state_shapes)
+
+    def initial_state(self, batch: int) -> Any:
+        """Zeros: the state before the first input of ``batch`` sequences."""
+        zeros, each = (
+            self.out_proj.weight.new_zeros,
+            zip(self.state_shapes, self.state_dtypes(), strict=True),
+        )
+        return self.State(*(zeros((batch, *shape), dtype=dtype) for shape, dtype in each))
+
+    def check(
+        self,
+        x: Tensor,
+        state: Any,
+        cu_seqlens: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> int:
+        """How many sequences ``x`` (B, T, ...), or of a step (B, ...), holds, and so how many
+        rows their state has, unless slots say which rows are theirs.
+
+        Raises:
+            ValueError: ``cu_seqlens`` or the state is not one of ``x``.
+        """
+        rows = x.shape[0] if cu_seqlens is None else self._packed(x, cu_seqlens)
+        if state is None:
+            return rows
+        if len(state) != len(self.state_shapes):
+            self._fail(f"the state must have {len(self.state_shapes)} tensors, got {len(state)}")
+        if slots is not None:
+            rows = state[0].shape[0]
+        for n, (shape, dtype) in enumerate(
+            zip(self.state_shapes, self.state_dtypes(), strict=True)
+        ):
+            name, got = self.State._fields[n], state[n]
+            if got.shape != (rows, *shape):
+                self._fail(
+                    f"{name} of the state must have shape {(rows, *shape)}, got {tuple(got.shape)}"
+                )
+            if got.dtype != dtype:
+                self._fail(
+                    f"{name} of the state must have dtype {dtype_name(dtype)}, "
+                    f"got {dtype_name(got.dtype)}"
+                )
+        return rows
+
+    def _packed(self, x: Tensor, cu_seqlens: Tensor) -> int:
+        if not isinstance(cu_seqlens, Tensor):
+            self._fail(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            got = dtype_name(cu_seqlens.dtype)
+            self._fail(f"cu_seqlens must have dtype int32 or int64, got {got}")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+            self._fail(f"cu_seqlens must have shape (S + 1,), got {tuple(cu_seqlens.shape)}")
+        if x.shape[0] != 1:
+            self._fail(f"x must have batch size B = 1 with cu_seqlens, got {tuple(x.shape)}")
+        # Where values cannot be read, the ops read them when they run.
+        if type(cu_seqlens) is Tensor and not (cu_seqlens.is_meta or torch.compiler.is_compiling()):
+            try:
+                check_offsets(type(self).__name__, cu_seqlens, x.shape[1])
+            except RuntimeError as error:
+                raise ValueError(*error.args) from None
+        return cu_seqlens.shape[0] - 1
+
+    def _fail(self, message: str) -> None:
+        raise ValueError(f"{type(self).__name__}: {message}")
+
+
+class Kept:
+    """What steps make of parameters alone, kept until one of them changes.
+
+    It lies beside copies of the parameters: neither identity nor version of one tells of every
+    change, such as an optimizer's. A copy of the module keeps nothing.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[list[Tensor], Any] | None = None
+
+    def __call__(self, make: Callable[[], T], *parameters: Tensor) -> T:
+        """``make()``, or what it returned for equal parameters."""
+        # Comparing would wait for another device.
+        if torch.compiler.is_compiling() or not all(p.is_cpu for p in parameters):
+            return make()
+        kept, now = self._kept, [p.detach() for p in parameters]
+        if kept is None or not all(map(_same, kept[0], now)):
+            # Copied first: what changes in between is seen at the next step.
+            kept = self._kept = [p.clone() for p in now], make()
+        return kept[1]
+
+    def __reduce__(self) -> tuple:
+        return Kept, ()
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x.dtype == y.dtype and torch.equal(x, y)
