@@ -296,7 +296,7 @@ def _causal_conv1d_errors() -> tuple[Arguments, list[ErrorInput]]:
         ErrorInput(
             {"x": zeros(2, 4, 3)},
             f"{name}: x must have shape (B, T, D) with D = 4 as in weight, got (2, 4, 3), which "
-            "looks like (B, D, L): pass x.transpose(1, 2)",
+            "looks like (B, D, L): pass x.swapaxes(1, 2)",
         ),
         ErrorInput(
             {"weight": zeros(4, 1)},
@@ -380,7 +380,7 @@ def _selective_scan_errors() -> tuple[Arguments, list[ErrorInput]]:
         ErrorInput(
             {"u": zeros(2, 4, 3), "delta": zeros(2, 4, 3)},
             f"{name}: u must have shape (B, T, D) with D = 4 as in A, got (2, 4, 3), which looks "
-            "like (B, D, L): pass u.transpose(1, 2), and likewise delta, z, B and C",
+            "like (B, D, L): pass u.swapaxes(1, 2), and likewise delta, z, B and C",
         ),
         ErrorInput(
             {"delta": zeros(2, 3, 5)},

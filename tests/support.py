@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import random
@@ -150,6 +151,24 @@ def packed_errors(op: str, lead: str, shape: tuple[int, ...] = (2, 3, 4)) -> lis
     ]
 
 
+def error_calls(op) -> Iterator[tuple[Arguments, ErrorInput]]:
+    """Every wrong call of an op and what it must bring."""
+    base, errors = op.errors()
+    assert len(errors) >= 8
+    for error in errors:
+        changes = dict(error.changes)
+        half, one_row = changes.pop("half", None), changes.pop("one row", False)
+        args = {**base, **changes}
+        if half:
+            args = {k: v.to(half) if k in op.activations else v for k, v in args.items()}
+        if one_row:
+            args = {
+                k: v[:1] if k in op.activations and k not in changes and v is not None else v
+                for k, v in args.items()
+            }
+        yield args, error
+
+
 # ---- running ----------------------------------------------------------------------------------
 
 
@@ -280,6 +299,29 @@ def assert_right(op, args: Arguments, context: str = "") -> None:
     for k, g in grads.items():
         assert g.dtype == args[k].dtype, f"{context}: gradient of {k} has dtype {g.dtype}"
         assert_within(g, want_grads[k], error_grads[k], f"{context}: gradient of {k}")
+
+
+# ---- arrays -----------------------------------------------------------------------------------
+
+
+def array_of(x: Tensor):
+    """A tensor as a NumPy array over the same memory, with the same strides."""
+    if x.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return x.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return x.detach().numpy()
+
+
+def tensor_of(x) -> Tensor:
+    """The other way round; also of what NumPy takes for an array."""
+    import numpy as np
+
+    x = np.asarray(x)
+    x = x if x.flags.writeable else x.copy("K")
+    if x.dtype.name == "bfloat16":
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
 
 
 # ---- layouts ----------------------------------------------------------------------------------
@@ -455,3 +497,8 @@ def check_forked_children(setup: str) -> None:
             """
         )
     )
+
+
+def parameters_of(function) -> list[tuple]:
+    """The signature of a function but for its annotations."""
+    return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]

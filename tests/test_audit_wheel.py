@@ -25,6 +25,7 @@ TREE = [
     "csrc/cells/tanh.h",
     "csrc/linear_scan/linear_scan.h",
     "csrc/linear_scan/inner.h",
+    "csrc/rnn/rows.simd.cpp",
     "csrc/torch/check.h",
     "csrc/linear_scan/linear_scan.cu",
     "tests/cpp/check.h",
@@ -109,9 +110,16 @@ def test_expected_files():
         "recurra/_ops_cpu.so",
         "recurra/_ops_cuda.so",
         "recurra/_native.cpython-311-x86_64-linux-gnu.so",
+        "recurra/lib/librecurra.so",
+        "recurra/lib/cmake/recurra/recurra-config.cmake",
+        "recurra/lib/cmake/recurra/recurra-config-version.cmake",
+        "recurra/lib/cmake/recurra/recurra-targets.cmake",
+        "recurra/lib/cmake/recurra/recurra-targets-release.cmake",
         "recurra/include/recurra/view.h",
         "recurra/include/recurra/cells/tanh.h",
         "recurra/include/recurra/linear_scan/linear_scan.h",
+        "recurra/include/recurra/rnn/rows.simd.cpp",
+        "recurra/include/recurra/simd/flags.txt",
     }
     without = audit.expected_files(TREE, NAME, cuda=False)
     assert EXPECTED - without == {"recurra/_ops_cuda.so"}
@@ -127,6 +135,7 @@ def test_expected_files():
         "recurra/__pycache__/__init__.cpython-311.pyc",
         "recurra/include/recurra/torch/check.h",
         "recurra.libs/libx.so",
+        "recurra/lib/librecurra.a",
         "recurra/_native.cpython-312-x86_64-linux-gnu.so",
         "recurra-0.1.0.dist-info/sboms/auditwheel.cdx.json",
         "recurra-0.1.0.data/scripts/run",
@@ -216,11 +225,26 @@ def test_sbom_that_is_none():
         ({"symbols": "0000 T _ZN7recurra11linear_scanEv\n"}, "exports _ZN7recurra"),
         ({"symbols": "0000 T exec_anything\n"}, "exports exec_anything"),
         ({"size": 21 << 20}, "at most"),
-        ({"name": "_native.cpython-311-x86_64-linux-gnu.so", "size": 5 << 20}, "at most"),
+        ({"name": "_native.cpython-311-x86_64-linux-gnu.so", "size": 21 << 20}, "at most"),
     ],
 )
 def test_bad_library(changed, problem):
     assert any(problem in found for found in library(**changed))
+
+
+def test_the_library_of_cpp_programs():
+    def named(**changed):
+        plain = DYNAMIC.replace("0x1 (NEEDED)  Shared library: [libtorch_cpu.so]", "")
+        return library("librecurra.so", **{"dynamic": plain, **changed})
+
+    kernels = "0000 T _ZN7recurra3rnnERKNS_3RnnE\n0000 T _ZN7recurra3isaEv\n"
+    assert named(symbols=kernels) == []
+    assert "needs torch" in named(dynamic=DYNAMIC)[0]
+    assert "exports exec_anything" in named(symbols=kernels + "0000 T exec_anything\n")[0]
+    assert "exports _ZN7recurra4avx23rnn" in named(symbols=kernels.replace("3rnn", "4avx23rnn"))[0]
+    assert "exports _ZTIN7recurra" in named(symbols=kernels + "0000 V _ZTIN7recurra4CellE\n")[0]
+    assert "at most" in named(size=21 << 20)[0]
+    assert any("cannot be told" in text for text in audit.check_code("librecurra.so", ""))
 
 
 @pytest.mark.parametrize("header", ["  Machine:  AArch64", "", "  Machine: Intel 80386"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -120,7 +121,7 @@ def test_what_follows_from_the_width_follows_it(monkeypatch):
     monkeypatch.setitem(CONFIGS, "heads", heads)
     config = compare.sized("heads", 80_000)
     # Widths are multiples of 8, here of heads too.
-    assert config.d_model == 72 and config.embed_scale == 72**0.5 and config.vocab_size == 256
+    assert config.d_model == 72 and config.embed_scale == 8.5 and config.vocab_size == 256
     monkeypatch.setitem(CONFIGS, "heads", dataclasses.replace(heads, embed_scale=3.0))
     assert compare.sized("heads", 80_000).embed_scale == 3.0
 
@@ -168,15 +169,84 @@ def test_one_that_diverges_is_last(command, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (RuntimeError("no such kernel\nat line 3"), "no such kernel"),
+        (MemoryError(), "not enough memory"),
+        (ZeroDivisionError(), "ZeroDivisionError"),
+    ],
+)
+def test_one_that_fails_does_not_lose_the_others(
+    error, sentence, command, tmp_path, monkeypatch, capsys
+):
+    step = Trainer.train_step
+
+    def fail(self):
+        if self.model.config.mixer.kind == "mamba":
+            raise error
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", fail)
+    assert main(command) == 1
+    captured = capsys.readouterr()
+    assert set(rows(captured.out)) == {"model", "mingru"}
+    assert f"\nmamba   failed: {sentence}\n" in captured.out
+    assert f"recurra compare: mamba failed: {sentence}\n" in captured.err
+    written = json.loads((tmp_path / "compare.json").read_text())
+    assert [result["name"] for result in written["results"]] == ["mingru"]
+    assert written["failed"] == {"mamba": sentence}
+
+
+def test_when_all_fail_there_is_a_table_still(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "train", lambda *_: 1 / 0)
+    assert main(command) == 1
+    assert capsys.readouterr().out.count("failed: division by zero") == 2
+    assert not (tmp_path / "compare.png").exists()
+
+
+def test_one_trainer_is_held_at_a_time(text, monkeypatch):
+    monkeypatch.setattr(compare, "_DECODE_SECONDS", 0.0)
+    made: list[weakref.ref] = []
+
+    class Counted(Trainer):
+        def __init__(self, *given):
+            assert not any(ref() for ref in made)
+            super().__init__(*given)
+            made.append(weakref.ref(self.model))
+
+    monkeypatch.setattr(compare, "Trainer", Counted)
+    corpus = Corpus(open_text([str(text)]), ByteTokenizer())
+    config = compare.sized("hgrn", 100_000)
+    compare.train("hgrn", config, TrainOptions(batch=2, length=16), corpus, 0.01)
+    assert len(made) == 2
+
+
+def test_the_search_for_a_width_ends(monkeypatch):
+    heads = LMConfig(d_model=65_521, mixer=AarenConfig(heads=65_521))
+    monkeypatch.setitem(CONFIGS, "heads", heads)
+    sentence = "heads cannot have about 80,000 parameters: no width fits it"
+    with pytest.raises(ValueError, match=sentence):
+        compare.sized("heads", 80_000)
+    monkeypatch.setattr(LMConfig, "parameter_count", lambda self: 7)
+    with pytest.raises(ValueError, match="mamba cannot have about 80,000 .* the closest is 7"):
+        compare.sized("mamba", 80_000)
+
+
+@pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ("--mixers mamba,gru", "unknown mixer gru; known are mamba, tiny, small, "),
         ("--mixers ,", "--mixers must name at least one"),
-        ("--minutes 0", "--minutes must be positive, got 0.0"),
-        ("--minutes nan", "--minutes must be positive, got nan"),
+        ("--minutes 0", "--minutes must be positive and below 1e+07, got 0.0"),
+        ("--minutes nan", "--minutes must be positive and below 1e+07, got nan"),
+        ("--minutes inf", "--minutes must be positive and below 1e+07, got inf"),
         ("--parameters 0", "--parameters must be at least 1, got 0"),
         ("--parameters 500", "mamba cannot have about 500 parameters; the closest is "),
-        ("--parameters 1e15", " GiB of memory"),
+        (
+            "--parameters 1e15",
+            "mamba with --parameters 1e+15 needs 1.49e+07 GiB of memory to train",
+        ),
+        ("--parameters 1e300", "mamba with --parameters 1e+300 needs "),
         ("--length 0", "--length must be at least 1, got 0"),
         ("--length 100000", "sequences of 100000 need at least 100001"),
         ("--batch 0", "--batch must be at least 1, got 0"),

@@ -102,3 +102,10 @@ def test_every_cell_is_complete():
     for cell in CELLS:
         assert callable(cell.oracle), cell.name
         assert (ROOT / cell.docs).is_file(), cell.docs
+
+
+def test_every_op_takes_numpy_arrays():
+    pytest.importorskip("recurra._native", reason="recurra._native is not built")
+    module = importlib.import_module("recurra.numpy")
+    names = {n for op in schemas() for n in (op, f"{op}_step")}
+    assert set(module.__all__) == {n for n in names if hasattr(torch.ops.recurra, n)}

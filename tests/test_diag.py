@@ -41,6 +41,19 @@ def test_adding_learns_a_short_one(tmp_path, capsys):
     assert "the mean squared error must be at most 0.08" in capsys.readouterr().err
 
 
+def test_adding_that_diverges_says_so(tmp_path, capsys):
+    command = ["diag", "adding", "--length", "6", "--lr", "1000", "--steps", "50"]
+    assert main([*command, "--picture", str(tmp_path / "adding.png")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("recurra diag: the loss of step ") and err.count("\n") == 1
+
+
+def test_adding_says_where_its_minutes_ended(tmp_path, capsys):
+    command = ["diag", "adding", "--length", "6", "--minutes", "1e-6", "--steps", "50"]
+    assert main([*command, "--picture", str(tmp_path / "adding.png")]) == 0
+    assert "stopped by --minutes after step 1 of 50\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("command", "sentence"),
     [
@@ -49,6 +62,13 @@ def test_adding_learns_a_short_one(tmp_path, capsys):
         ("adding --cell gru", "--cell must be one of elstm, "),
         ("adding --length 1", "--length must be at least 2, got 1"),
         ("adding --batch 0", "--batch must be at least 1, got 0"),
+        ("adding --minutes inf", "--minutes must be positive and at most 1e+07, got inf"),
+        ("adding --lr nan", "--lr must be positive and at most 1000, got nan"),
+        ("adding --max-mse nan", "--max-mse must be at least 0, got nan"),
+        ("copy --seconds 0", "--seconds must be positive and at most 1e+07, got 0.0"),
+        ("copy --min-acc 2", "--min-acc must be from 0 to 1, got 2.0"),
+        ("bias --seed -1", "--seed must be from 0 to 2^63 - 1, got -1"),
+        ("newton --seed 9223372036854775808", "--seed must be from 0 to 2^63 - 1, got "),
         ("copy --picture nowhere/copy.png", "nowhere: no such folder"),
     ],
 )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import recurra
 from recurra.cli import main
-from recurra.diag import sequence, tasks
+from recurra.diag import _schedule, sequence, tasks
 from recurra.diag.tasks import TASKS
 
 
@@ -70,6 +73,12 @@ def test_digits_are_held_out_and_moved_by_a_pixel():
     assert (digits[:, :-1] == -1).all() and (digits[:, -1] >= 0).all()
 
 
+def variants(name: str, mixer: str) -> list:
+    task = TASKS[name]
+    args = SimpleNamespace(mixer=mixer, d_model=64, layers=1)
+    return list(sequence._variants(args, task).values())
+
+
 SMALL = ["--d-model", "16", "--batch", "8", "--threads", "1"]
 
 
@@ -92,6 +101,7 @@ def test_parity_of_a_mixer_without_a_range_is_one_line(mixer, tmp_path, capsys):
     assert main([*command, "--picture", str(tmp_path / "x.png")]) == 0
     out = capsys.readouterr().out
     assert re.findall(rf"^({mixer}.*?) +(?:\d\.\d{{3}} *){{5}}$", out, re.MULTILINE) == [mixer]
+    assert out.startswith(f"{mixer} has no other range for its gates, so there is one curve\n")
 
 
 def test_signed_gates_learn_parity_and_positive_ones_do_not(tmp_path, capsys):
@@ -100,6 +110,119 @@ def test_signed_gates_learn_parity_and_positive_ones_do_not(tmp_path, capsys):
     assert main([*command, "--min-acc", "0.95"]) == 0
     (positive,) = re.findall(r"\(0, 1\).* (\d\.\d{3})$", capsys.readouterr().out, re.MULTILINE)
     assert float(positive) < 0.6
+
+
+def test_what_a_step_keeps_grows_with_what_it_should(monkeypatch):
+    """The estimate is what the hooks of autograd count for the whole batch, within a tenth."""
+    task, config = TASKS["s3"], variants("s3", "lrnn")[0]
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    model = recurra.LM(config)
+    drawn = task.draw(64, 40, torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = sequence._loss(task, model, *drawn)
+    weights = sum(4 * p.numel() for p in model.parameters())
+    needed = sum(kept.values()) - weights
+    assert loss.isfinite()
+    monkeypatch.setattr("recurra.lm.config._machine_memory", lambda: 1.1 * needed)
+    sequence.check_memory(task, config, 64)
+    monkeypatch.setattr("recurra.lm.config._machine_memory", lambda: 0.9 * needed)
+    with pytest.raises(ValueError, match="--batch 64 with --d-model 64 needs "):
+        sequence.check_memory(task, config, 64)
+
+
+def test_progress_is_of_steps_until_the_time_is_too_short():
+    # The pace does, and a cold start does not matter.
+    assert _schedule.progress(1, 100, 9.0, 100.0) == 0.01
+    assert _schedule.progress(50, 100, 49.0, 100.0) == 0.5
+    # Half of the time is gone after a quarter of the steps: it ends with the time.
+    assert _schedule.progress(25, 100, 50.0, 100.0) == 0.5
+    assert _schedule.progress(49, 100, 101.0, 100.0) == 1.0
+
+
+def test_the_rate_rises_falls_and_ends_at_zero():
+    rates = [_schedule.rate(n / 1000) for n in range(1001)]
+    assert rates[0] == 0 and rates[50] == pytest.approx(0.5) and max(rates) == rates[100] == 1
+    assert rates[:101] == sorted(rates[:101]) and rates[100:] == sorted(rates[100:], reverse=True)
+    assert rates[550] == pytest.approx(0.5) and rates[-1] == pytest.approx(0, abs=1e-12)
+
+
+def trained_rates(monkeypatch, seconds_of_step: float, steps: int = 40) -> list[float]:
+    """The learning rate of every step of two minutes in which a step takes so long."""
+    now, rates, step = [0.0], [], torch.optim.AdamW.step
+
+    def timed(self, *rest):
+        now[0] += seconds_of_step
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *rest)
+
+    monkeypatch.setattr(sequence, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", timed)
+        args = SimpleNamespace(seed=0, lr=0.01, batch=2, steps=steps, minutes=2.0)
+        sequence.train(TASKS["s3"], variants("s3", "lrnn")[0], args)
+    return rates
+
+
+def test_the_rate_ends_with_the_minutes(monkeypatch, capsys):
+    quick = trained_rates(monkeypatch, 1e-3)
+    assert "stopped" not in capsys.readouterr().out
+    assert quick == trained_rates(monkeypatch, 2.9)
+    assert "stopped" not in capsys.readouterr().out
+    slow = trained_rates(monkeypatch, 8.0)
+    assert "  stopped by --minutes after step 16 of 40\n" in capsys.readouterr().out
+    for rates in (quick, slow):
+        assert max(rates) > 0.0095 and rates[-1] < 0.0002
+        top = rates.index(max(rates))
+        assert rates[:top] == sorted(rates[:top]) and rates[top:] == sorted(rates[top:])[::-1]
+
+
+def test_lengths_grow_to_their_end_with_the_minutes(monkeypatch):
+    lengths, now = [], [0.0]
+    draw = TASKS["recall"].draw
+
+    def drawn(count, length, generator):
+        lengths.append(length)
+        now[0] += 10.0
+        return draw(count, length, generator)
+
+    task = dataclasses.replace(TASKS["recall"], draw=drawn)
+    monkeypatch.setattr(sequence, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    args = SimpleNamespace(seed=0, lr=0.01, batch=2, steps=1000, minutes=2.0)
+    sequence.train(task, variants("recall", "lru")[0], args)
+    assert len(lengths) == 13 and lengths[-1] == task.train[1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_an_error(value, tmp_path, monkeypatch, capsys):
+    loss = sequence._loss
+    monkeypatch.setattr(sequence, "_loss", lambda *given: loss(*given) * value)
+    command = ["diag", "s3", *SMALL, "--steps", "3", "--picture", str(tmp_path / "x.png")]
+    assert main(command) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"recurra diag: the loss of step 1 is {value} ") and err.count("\n") == 1
+
+
+def test_parameters_that_the_last_step_broke_are_an_error(tmp_path, monkeypatch, capsys):
+    step = torch.optim.AdamW.step
+
+    def broken(self, *rest):
+        step(self, *rest)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    command = ["diag", "s3", *SMALL, "--steps", "1", "--picture", str(tmp_path / "x.png")]
+    assert main(command) == 1
+    err = capsys.readouterr().err
+    assert (
+        err.startswith("recurra diag: what the model says is not finite")
+        and err[:-1].count("\n") == 0
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name not in ("parity", "digits")])
@@ -134,8 +257,15 @@ def test_digits_without_scikit_learn(monkeypatch, capsys):
         ("--mixer transformer", "--mixer must be one of mamba, rnn, "),
         ("--steps 0", "--steps must be at least 1, got 0"),
         ("--d-model -4", "--d-model must be at least 1, got -4"),
-        ("--minutes 0", "--minutes must be positive, got 0.0"),
-        ("--lr nan", "--lr must be positive, got nan"),
+        ("--minutes 0", "--minutes must be positive and at most 1e+07, got 0.0"),
+        ("--minutes nan", "--minutes must be positive and at most 1e+07, got nan"),
+        ("--minutes inf", "--minutes must be positive and at most 1e+07, got inf"),
+        ("--lr nan", "--lr must be positive and at most 1000, got nan"),
+        ("--lr inf", "--lr must be positive and at most 1000, got inf"),
+        ("--seed -1", "--seed must be from 0 to 2^63 - 1, got -1"),
+        ("--seed 18446744073709551616", "--seed must be from 0 to 2^63 - 1, got "),
+        ("--d-model 1048576", " GiB of parameters, this machine has "),
+        ("--batch 1000000000", "--batch 1000000000 with --d-model 64 needs "),
         ("--min-acc nan", "--min-acc must be from 0 to 1, got nan"),
         ("--min-acc 99", "--min-acc must be from 0 to 1, got 99.0"),
         ("--picture nowhere/s3.png", "nowhere: no such folder"),

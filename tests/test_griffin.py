@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 
 import crash
@@ -19,7 +20,7 @@ from mixers import (
     learn_a_cycle,
     states,
 )
-from recurra.lm import CONFIGS, LMConfig
+from recurra.lm import CONFIGS, LMConfig, gemma_scale
 from recurra.nn import RGLRU, Attention, AttentionConfig, GLUConfig, RGLRUConfig, attention
 from recurra.nn.rg_lru import _InputFactor
 from recurra.train import checkpoint, state
@@ -126,6 +127,29 @@ def test_the_input_factor_is_exact_and_its_slope_is_bounded():
     torch.testing.assert_close(log_a.grad[2:].double(), slope[2:], rtol=1e-5, atol=0)
     inner = torch.tensor([-0.3, -2.0], dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(_InputFactor.apply, (inner,))
+
+
+def test_a_slot_that_there_is_not_is_skipped():
+    """As the ops do on CUDA; those of the CPU refuse it, so here they are given one below 0."""
+
+    class SkipBeyond:
+        def __getattr__(self, name):
+            op = getattr(recurra, name)
+            return lambda h, *args, slots, **more: op(
+                h, *args, slots=slots.where(slots < len(h), -1), **more
+            )
+
+    torch.manual_seed(0)
+    mixer = RGLRU(8, RGLRUConfig(heads=2)).double()
+    with torch.no_grad():
+        _, state = mixer(torch.randn(3, 4, 8).double())
+    x, after = torch.randn(4, 8).double(), []
+    for slots, ops in (([1, -1, -1, 2], recurra), ([1, 3, -1, 2], SkipBeyond())):
+        mixer.ops, pool = ops, type(state)(*(part.clone() for part in state))
+        y = mixer.step(x, pool, torch.tensor(slots))
+        after.append((y[[0, 3]], *pool))
+    assert all(map(torch.equal, *after))
+    assert after[1][-1].tolist() == [4, 5, 5]
 
 
 def test_the_first_input_of_a_sequence_is_not_scaled():
@@ -320,16 +344,22 @@ def test_transformers_loads_what_we_save(theirs, tmp_path):
     assert again.config.eos_token_id == theirs.config.eos_token_id
 
 
+# The roots of the last two are rounded.
+@pytest.mark.parametrize("width", [256, 80, 208])
 @pytest.mark.parametrize("name", ["griffin", "hawk"])
-def test_named_configurations_are_recurrent_gemma(name, tmp_path):
-    config = dataclasses.replace(CONFIGS[name], n_layers=3, eos_token_ids=(7,))
+def test_named_configurations_are_recurrent_gemma(name, width, tmp_path):
+    sizes = {"d_model": width, "embed_scale": gemma_scale(width), "n_layers": 3}
+    config = dataclasses.replace(CONFIGS[name], eos_token_ids=(7,), **sizes)
+    assert width != 256 or config.embed_scale == CONFIGS[name].embed_scale
     lm = recurra.LM(config)
     lm.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "recurrent_gemma"
     cls = modelling_file("recurrent_gemma").RecurrentGemmaForCausalLM
     tokens = torch.randint(0, 256, (1, 12))
     with torch.no_grad():
-        want = cls.from_pretrained(tmp_path).eval()(tokens, use_cache=False).logits
+        peer = cls.from_pretrained(tmp_path).eval()
+        assert peer.model.normalizer.item() == config.embed_scale
+        want = peer(tokens, use_cache=False).logits
         assert (lm(tokens)[0] - want).abs().max() < 1e-4
     again = recurra.LM.from_pretrained(tmp_path)
     assert again.config == config and again.config.parameter_count() == config.parameter_count()
@@ -390,6 +420,7 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path):
     refused("kv_heads must divide heads = 4, got 3", num_key_value_heads=3)
     refused("window must be from 1 to 16777216, got 0", attention_window_size=0)
     refused("rope_type must be default, got 'linear'", rope_parameters={"rope_type": "linear"})
+    refused("type must be default, got 'linear'", rope_scaling={"type": "linear", "factor": 2.0})
     refused("rope_parameters must be an object, got 'x'", rope_parameters="x")
     refused("n_layers must be int, got None", num_hidden_layers=None)
     refused("config.json says 3 layers, the weights have 2", num_hidden_layers=3)
@@ -409,7 +440,22 @@ def test_bad_sizes_are_refused():
         Attention(3, AttentionConfig(heads=4))
     with pytest.raises(ValueError, match=r"heads must divide expand \* d_model = 10, got 4"):
         RGLRU(10)
-    with pytest.raises(RuntimeError, match="cu_seqlens must ascend, got 3 after 5"):
+    with pytest.raises(ValueError, match="cu_seqlens must ascend, got 3 after 5"):
         Attention(8, AttentionConfig(heads=2))(
             torch.zeros(1, 9, 8), cu_seqlens=torch.tensor([0, 5, 3, 9])
         )
+
+
+def test_attention_is_compiled_for_any_length():
+    # A loop over blocks would be compiled for every length, until the compiler gives up.
+    mixer = AttentionConfig(heads=2, window=40).make(8).double()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(mixer, fullgraph=True, dynamic=True, backend=counter)
+    for T in (50, 51, 127, 128, 129, 200, 300, 301, 450, 511, 600):
+        x = torch.randn(2, T, 8, dtype=torch.float64)
+        y, state = mixer(x)
+        torch.testing.assert_close(compiled(x)[0], y)
+        torch.testing.assert_close(compiled(x[:, 45:], mixer(x[:, :45])[1])[0], y[:, 45:])
+        if T == 300:
+            count = counter.frame_count
+    assert counter.frame_count == count

@@ -39,7 +39,14 @@ from recurra.nn import (
     S5Config,
     SCRNConfig,
 )
-from recurra.nn.s4 import exp_and_phi, hippo_frequencies, hippo_legs
+from recurra.nn.s4 import (
+    exp_and_phi,
+    hippo_frequencies,
+    hippo_legs,
+    powers,
+    sums_of_powers,
+    weighted_by_powers,
+)
 
 NAMED = ["lrnn", "lru", "hgrn", "qrnn", "scrn", "s4d", "s5", "lssl", "aaren"]
 VARIANTS: dict[str, MixerConfig] = {
@@ -148,9 +155,11 @@ def test_sizes_out_of_range_are_refused():
         LRUConfig(expand=0.01).make(10)
     with pytest.raises(ValueError, match="S5Config: d_state must be even, got 5"):
         S5Config(d_state=5)
+    with pytest.raises(ValueError, match="S5Config: d_state must be from 1 to 2048, got 2050"):
+        S5Config(d_state=2050)
     with pytest.raises(ValueError, match="LSSLConfig: d_state must be from 1 to 16, got 17"):
         LSSLConfig(d_state=17)
-    with pytest.raises(ValueError, match="S4DConfig: view must be one of recurrent, convolution"):
+    with pytest.raises(ValueError, match="S4DConfig: view must be one of auto, recurrent, conv"):
         S4DConfig(view="fft")
     with pytest.raises(ValueError, match="S4DConfig: dt_max must be from 0.1 to"):
         S4DConfig(dt_min=0.1, dt_max=0.01)
@@ -260,6 +269,36 @@ def test_recurrent_is_convolution(mixer):
         assert (got - want).abs().max() <= 1e-8 * max(1, want.abs().max())
 
 
+@pytest.mark.parametrize(("mixer", "first"), [(S4D, 64), (S5, None), (LSSL, None)])
+def test_the_view_by_default_is_the_faster(mixer, first):
+    torch.manual_seed(0)
+    layer = mixer(8)
+    assert layer.view == "auto"
+
+    def run(view, x):
+        layer.view = view
+        return layer(x)[0]
+
+    for T in (63, 64, 1000):
+        x = torch.randn(1, T, 8)
+        faster = "convolution" if first and first <= T else "recurrent"
+        assert torch.equal(run("auto", x), run(faster, x))
+
+
+def test_powers_are_those_of_every_step():
+    torch.manual_seed(0)
+    z = torch.complex(-torch.rand(3, 2).double(), 9 * torch.rand(3, 2).double())
+    w, u = torch.randn(2, 3, 2, dtype=z.dtype), torch.randn(2, 3, 50, dtype=torch.float64)
+    for T in (1, 2, 3, 4, 8, 9, 10, 50):
+        near, far = powers(z, T)
+        exact = torch.exp(z[..., None] * torch.arange(T))
+        close((far[..., None] * near[..., None, :]).flatten(-2)[..., :T], exact)
+        want = torch.einsum("bdn,dnt->bdt", w, exact).real
+        close(sums_of_powers(w, near, far)[..., :T], want)
+        want = torch.einsum("bdt,dnt->bdn", u[..., :T].to(z.dtype), exact)
+        close(weighted_by_powers(u[..., :T], near, far), want)
+
+
 def test_lssl_keeps_legendre_coefficients():
     # HiPPO's A h + B u stands still at the coefficients of a constant: 1, 0, 0 ...
     A, B = hippo_legs(16)
@@ -267,7 +306,7 @@ def test_lssl_keeps_legendre_coefficients():
     # Its normal part is A and a matrix of rank one.
     root = (torch.arange(16, dtype=torch.float64) + 0.5).sqrt()
     roots = torch.linalg.eigvals(A + root[:, None] * root)
-    close(roots.imag.sort().values[8:], hippo_frequencies(16))
+    close(roots.imag.sort().values[8:], torch.tensor(hippo_frequencies(16)))
     close(roots.real, torch.full((16,), -0.5, dtype=torch.float64))
 
 

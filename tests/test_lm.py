@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -12,8 +14,18 @@ import torch.nn.functional as F
 import transformers
 
 import recurra
-from recurra.lm import CONFIGS, LMConfig
-from recurra.nn import Mamba, MambaConfig
+from mixers import assert_whole_is_chunked_is_stepped
+from recurra.lm import CONFIGS, LMConfig, formats
+from recurra.nn import (
+    FFNS,
+    MIXERS,
+    HGRNConfig,
+    Mamba,
+    MambaConfig,
+    MixerConfig,
+    RGLRUConfig,
+    RWKV4ChannelConfig,
+)
 
 TINY = LMConfig(vocab_size=50, d_model=24, n_layers=3, mixer=MambaConfig(d_state=5))
 VARIANTS = {
@@ -153,8 +165,117 @@ def test_inputs_embeds_and_hidden_states():
         lm()
     with pytest.raises(ValueError, match="either tokens or inputs_embeds"):
         lm(tokens, inputs_embeds=lm.embeddings(tokens))
-    with pytest.raises(ValueError, match="must have 3 layers, got 2"):
-        lm(tokens, lm.initial_state(2)[:2])
+
+
+def test_states_of_other_models_are_refused():
+    lm = recurra.LM(LMConfig(d_model=16, n_layers=3, pattern="RRA", ffn=RWKV4ChannelConfig()))
+    tokens = torch.zeros(2, 1, dtype=torch.int64)
+    own = lm.initial_state(2)
+    for state, words in (
+        (own[:5], "must have 6 layers, got 5"),
+        ([], "must have 6 layers, got 0"),
+        (own[2:] + own[:2], "of layer 2 must be RGLRUState, got AttentionState"),
+        ([*own[:5], None], "of layer 5 must be RWKV4ChannelState, got NoneType"),
+        ([*own[:5], tuple(own[5])], "of layer 5 must be RWKV4ChannelState, got tuple"),
+        (model().initial_state(2) * 2, "of layer 0 must be RGLRUState, got MambaState"),
+        (own[0].h, "must be a list, got Tensor"),
+        (5, "must be a list, got int"),
+    ):
+        with pytest.raises(ValueError, match=f"LM: the state {words}"):
+            lm(tokens, state)
+        with pytest.raises(ValueError, match=f"LM: the state {words}"):
+            lm.step(tokens[:, 0], state)
+    lm(tokens, tuple(own))
+
+
+def test_mixers_that_the_pattern_does_not_name_are_refused():
+    for mixer, pattern, words in (
+        (HGRNConfig(), "R", r"H \(hgrn\), got 'R'"),
+        ((RGLRUConfig(), HGRNConfig()), "RA", r"H \(hgrn\), got 'RA'"),
+        (MambaConfig(d_state=4), "RA", r"M \(mamba\), got 'RA'"),
+        ((MambaConfig(),), "RA", r"M \(mamba\), got 'RA'"),
+    ):
+        with pytest.raises(ValueError, match=f"letter of every mixer, {words}"):
+            LMConfig(mixer=mixer, pattern=pattern)
+    # The default stands for no mixer, in old files too.
+    config = LMConfig(pattern="RRA")
+    assert [m.letter for m in config.mixers()] == list("RRAR")
+    assert dataclasses.replace(CONFIGS["tiny"], pattern="RRA") == config
+    assert formats.config_from_dict(formats.config_to_dict(config, torch.float32)) == config
+
+
+# ---- every named configuration of bytes, made small ----------------------------------------------
+
+
+SMALL = {
+    name: dataclasses.replace(config, d_model=64, n_layers=len(config.pattern) or 2)
+    for name, config in CONFIGS.items()
+    if config.vocab_size == 256
+}
+
+
+@pytest.mark.parametrize("config", SMALL.values(), ids=SMALL)
+def test_named_configurations_whole_is_chunked_is_stepped(config):
+    lm = model(config).eval()
+    with torch.no_grad():
+        assert_whole_is_chunked_is_stepped(lm, [1, 12, 7])
+        made = lm.generate([[1, 2, 3], [200]], max_tokens=6)
+        for prompt, new in zip(([1, 2, 3], [200]), made, strict=True):
+            logits, _ = lm(torch.tensor([prompt + new]))
+            assert logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == new
+
+
+@pytest.mark.parametrize("config", SMALL.values(), ids=SMALL)
+def test_named_configurations_of_bfloat16(config, tmp_path):
+    lm = model(config, torch.bfloat16)
+    tokens = torch.randint(0, 256, (2, 20))
+    logits, _ = lm(tokens)
+    F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
+    assert logits.isfinite().all()
+    for name, p in lm.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+    assert len(lm.generate([[1, 2, 3]], max_tokens=4)[0]) == 4
+    lm.save_pretrained(tmp_path)
+    again = recurra.LM.from_pretrained(tmp_path)
+    assert again.config == config and torch.equal(again(tokens)[0], logits)
+
+
+@pytest.mark.parametrize("config", SMALL.values(), ids=SMALL)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_bytes_of_a_state_are_counted_before_it_is_made(config, dtype):
+    state = recurra.LM(config).to(dtype).initial_state(3)
+    assert 3 * config.state_bytes(dtype) == sum(x.nbytes for part in state for x in part)
+
+
+def largest(kind: type[MixerConfig]) -> MixerConfig:
+    """With every number as large as it may be."""
+    fields = {}
+    for field in dataclasses.fields(kind):
+        try:
+            kind(**{field.name: 10**30})
+        except ValueError as error:
+            if said := re.search(r"must be from \S+ to (\S+), got", str(error)):
+                fields[field.name] = json.loads(said[1])
+    assert fields
+    return kind(**fields)
+
+
+@pytest.mark.parametrize("kind", [*MIXERS, *FFNS], ids=lambda kind: kind.__name__)
+def test_the_largest_sizes_are_counted_or_refused(kind):
+    made, width = largest(kind), 1 << 20
+    part = {"ffn": made} if kind in FFNS else {"mixer": made}
+    config = LMConfig(d_model=width, n_layers=4096, **part)
+    try:
+        assert config.parameter_count() > 4096 * width**2
+    except ValueError as error:
+        assert re.fullmatch(
+            f"{kind.__name__}: a parameter at d_model = {width} has more bytes than 64 bits count",
+            str(error),
+        )
+    with pytest.raises(ValueError, match="GiB|64 bits count"):
+        config.check_memory()
+    with pytest.raises(ValueError, match="GiB|64 bits count"):
+        recurra.LM(config)
 
 
 def test_gradients_are_those_of_the_reference():

@@ -18,6 +18,7 @@ from support import (
     assert_same,
     cotangents,
     describe,
+    error_calls,
     evaluate,
     is_index,
     laid_out,
@@ -292,23 +293,6 @@ def test_autocast(op):
 # ---- bad input --------------------------------------------------------------------------------
 
 
-def _error_calls(op):
-    base, errors = op.errors()
-    assert len(errors) >= 8
-    for error in errors:
-        changes = dict(error.changes)
-        half, one_row = changes.pop("half", None), changes.pop("one row", False)
-        args = {**base, **changes}
-        if half:
-            args = {k: v.to(half) if k in op.activations else v for k, v in args.items()}
-        if one_row:
-            args = {
-                k: v[:1] if k in op.activations and k not in changes and v is not None else v
-                for k, v in args.items()
-            }
-        yield args, error
-
-
 def _refuses(op, args, message):
     with pytest.raises(RuntimeError) as error:
         op.function(**args)
@@ -317,7 +301,7 @@ def _refuses(op, args, message):
 
 @every_table_op
 def test_errors_on_the_cpu(op):
-    for args, error in _error_calls(op):
+    for args, error in error_calls(op):
         _refuses(op, args, error.message)
         learning = replaced(
             args,
@@ -330,7 +314,7 @@ def test_errors_on_the_cpu(op):
 def test_errors_on_fake_and_meta_tensors(op):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    for args, error in _error_calls(op):
+    for args, error in error_calls(op):
         if error.of_values:
             continue
         with FakeTensorMode() as mode:
@@ -342,7 +326,7 @@ def test_errors_on_fake_and_meta_tensors(op):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_errors_on_cuda(op):
-    for args, error in _error_calls(op):
+    for args, error in error_calls(op):
         if not error.of_values:
             _refuses(op, replaced(args, lambda k, v: v.cuda()), error.message)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import textwrap
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import recurra
+from recurra.jit.compile import compiler
 from support import ROOT
 
 STEPS = {
@@ -64,7 +66,7 @@ def test_one_tensor_as_two_arguments_is_checked_as_both():
 def test_a_transposed_layout_is_named():
     x, weight = torch.zeros(2, 7, 100), torch.zeros(7, 4)
     for device in ("cpu", "meta"):
-        with pytest.raises(RuntimeError, match=r"pass x\.transpose\(1, 2\)"):
+        with pytest.raises(RuntimeError, match=r"pass x\.swapaxes\(1, 2\)"):
             recurra.causal_conv1d(x.to(device), weight.to(device))
 
 
@@ -95,6 +97,13 @@ def test_running_out_of_memory_in_a_thread_is_an_exception():
     assert done.stdout.split() in (["RuntimeError", "8.0"], ["MemoryError", "8.0"]), done.stdout
 
 
+def needs(*modules: str):
+    return pytest.mark.skipif(
+        not all(map(importlib.util.find_spec, modules)),
+        reason=f"{' or '.join(modules)} is not installed",
+    )
+
+
 @pytest.mark.parametrize(
     "page, least",
     [
@@ -102,12 +111,21 @@ def test_running_out_of_memory_in_a_thread_is_an_exception():
         ("docs/language_models.md", 1),
         ("docs/mamba_ssm.md", 2),
         ("docs/transformers.md", 2),
+        ("docs/serving.md", 1),
+        pytest.param("docs/numpy.md", 1, marks=needs("recurra._native")),
+        pytest.param("docs/jax.md", 1, marks=needs("jax", "recurra._native")),
+        pytest.param("docs/onnx.md", 2, marks=needs("onnxscript", "onnxruntime")),
+        pytest.param(
+            "docs/jit.md", 2, marks=pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+        ),
     ],
 )
-def test_what_a_page_shows_runs_as_it_stands(page, least):
+def test_what_a_page_shows_runs_as_it_stands(page, least, tmp_path, monkeypatch):
+    monkeypatch.setenv("RECURRA_JIT_CACHE", str(tmp_path / "cells"))
     text = (ROOT / page).read_text()
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
     assert len(blocks) >= least
+    names = {"__name__": "page"}
     for block in blocks:
-        exec(compile(block, page, "exec"), {"__name__": "page"})
+        exec(compile(block, page, "exec"), names)
     recurra.uninstall()  # what some of them install

@@ -419,3 +419,25 @@ def test_opcheck(dtype):
     torch.library.opcheck(ops._rtrl_advance, (*S, p.u, *derivatives))
     for each in (False, True):
         torch.library.opcheck(ops._rtrl_gradient, (*S, torch.randn_like(p.h0), each))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("cell", tuple(recurra.cells()))
+def test_the_device_has_the_bits_of_the_cpu(cell, dtype):
+    # Widths that are read number by number, and sixteen bytes at a time over more than a tile.
+    for batch, inputs, channels in ((3, 5, 20), (2, 160, 70)):
+        p = Problem(cell, B=batch, T=70, D=inputs, N=channels, dtype=dtype)
+        _, _, x = p.losses(p.W, p.b, p.params, p.h0, slice(None))
+        start = recurra.rtrl.initial(cell, batch, inputs, channels, dtype=dtype)
+        start = Sensitivities(*(Draw(n).normal(*s.shape, dtype=dtype) for n, s in enumerate(start)))
+        found = []
+        for device in ("cpu", "cuda"):
+            there = [t.to(device) for t in (p.u, x, p.params, p.h0)]
+            S = Sensitivities(*(s.to(device, copy=True) for s in start))
+            given = [recurra.rtrl_gradient(S, there[3], reduce=r) for r in ("sum", "none")]
+            recurra.rtrl_update(S, *there, cell=cell, reset=p.reset.to(device))
+            found.append([t.cpu() for group in (S, *given) for t in group])
+        for on_cpu, on_device in zip(*found, strict=True):
+            assert same_bits(on_cpu, on_device)

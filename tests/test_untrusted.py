@@ -17,8 +17,9 @@ import hostile
 import recurra
 from recurra._files import CheckpointError
 from recurra.lm import LMConfig, load_tokenizer
+from recurra.lm import config as lm_config
 from recurra.lm.tokenizer import JsonTokenizer
-from recurra.nn import MambaConfig
+from recurra.nn import AttentionConfig, MambaConfig
 from recurra.train import TrainOptions, checkpoint, state
 from support import NIGHTLY, run_python, same_bits
 
@@ -194,6 +195,45 @@ def test_numbers_out_of_range():
             LMConfig(**fields)
     with pytest.raises(ValueError, match="has .* GiB of parameters, this machine has"):
         recurra.LM(LMConfig(vocab_size=1 << 31, d_model=1 << 20))
+
+
+def test_states_larger_than_the_machine(tmp_path, monkeypatch):
+    """The weights are in the files; what is remembered costs its author nothing."""
+    monkeypatch.setattr(lm_config, "_machine_memory", lambda: 2.0**30)
+    small = {"vocab_size": 20, "d_model": 16, "n_layers": 2}
+    lm = recurra.LM(LMConfig(mixer=AttentionConfig(window=8), **small))
+    lm.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    values["mixer"]["window"] = 1 << 24
+    path.write_text(json.dumps(values))
+    # Two layers of 2^24 keys and values of 4 numbers.
+    words = "the state of a batch of 1 has 1 GiB, this machine has 0.9999"
+    monkeypatch.setattr(lm_config, "_machine_memory", lambda: 2.0**30 - 2**16)
+    with pytest.raises(CheckpointError, match=f"config.json: LMConfig: {words}"):
+        recurra.LM.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        recurra.LM(LMConfig(mixer=AttentionConfig(window=1 << 24), **small))
+    batch = 1 << 50  # a row of tokens that takes no memory itself
+    for make in (
+        lambda: lm.initial_state(batch),
+        lambda: lm(torch.zeros(1, 1, dtype=torch.int64).expand(batch, 1)),
+        lambda: lm(inputs_embeds=torch.zeros(1, 1, 16).expand(batch, 1, 16)),
+        lambda: lm(
+            torch.zeros(1, 1, dtype=torch.int64),
+            cu_seqlens=torch.zeros(1, dtype=torch.int64).expand(batch + 1),
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"the state of a batch of {batch} has .* GiB, this"):
+            make()
+
+
+def test_weights_larger_than_64_bits_count(folder):
+    values = {"model_type": "recurra", "d_model": 1 << 20, "vocab_size": 20, "n_layers": 2}
+    mixer = {"kind": "qrnn", "expand": 1024, "window": 1024}
+    (folder / "config.json").write_text(json.dumps(values | {"mixer": mixer}))
+    with pytest.raises(CheckpointError, match="config.json: QRNNConfig: a parameter at d_model"):
+        recurra.LM.from_pretrained(folder)
 
 
 def test_vocabularies_that_do_not_fit(folder, tmp_path):

@@ -203,7 +203,7 @@ def check_layout(op: str, name: str, x: Tensor, parameter: str, p: Tensor, also:
         fail(
             op,
             f"{name} must have shape (B, T, D) with D = {p.shape[0]} as in {parameter}, "
-            f"got {_shape(x)}, which looks like (B, D, L): pass {name}.transpose(1, 2){also}",
+            f"got {_shape(x)}, which looks like (B, D, L): pass {name}.swapaxes(1, 2){also}",
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import importlib
 import json
 import os
@@ -214,3 +215,37 @@ def replace(path: Path, write: Any) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+# ---- what was compiled ---------------------------------------------------------------------------
+
+
+def private_folder(path: Path) -> Path:
+    """A folder whose files can be trusted since nobody else can write them; made if need be.
+
+    Raises:
+        OSError: it cannot be made.
+        PermissionError: it belongs to another user, or others may write there.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.stat()
+    if found.st_uid != os.getuid():
+        raise PermissionError(errno.EPERM, "the folder belongs to another user", str(path))
+    if found.st_mode & 0o022:
+        raise PermissionError(errno.EPERM, "other users may write to the folder", str(path))
+    return path
+
+
+def write_sealed(path: Path, data: bytes) -> None:
+    """Writes a file so that it is there as a whole or not at all, with its SHA-256 at the end."""
+    replace(path, lambda to: write_bytes(to, data + hashlib.sha256(data).digest()))
+
+
+def read_sealed(path: Path) -> bytes | None:
+    """What :func:`write_sealed` wrote; None where there is no such file or it is damaged."""
+    try:
+        whole = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    data, seal = whole[:-32], whole[-32:]
+    return data if hashlib.sha256(data).digest() == seal else None

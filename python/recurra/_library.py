@@ -10,6 +10,7 @@ import recurra
 
 _loaded: dict[str, str] = {}
 _problems: dict[str, str] = {}
+_refusals: list[torch.library.Library] = []
 
 
 def _find(name: str) -> Path | None:
@@ -45,6 +46,37 @@ def load() -> None:
             _loaded["cuda"] = str(cuda)
         except OSError as error:
             _problems["cuda"] = f"not loaded: {error}"
+    if torch.version.cuda is not None:
+        _refusals.append(refuse_on_cuda())
+
+
+def refuse_on_cuda() -> torch.library.Library:
+    """Gives a sentence to CUDA tensors in ops that have no CUDA kernel, instead of torch's page.
+
+    Returns:
+        What must be kept as long as the sentences are to be given.
+    """
+    library = torch.library.Library("recurra", "IMPL", "CUDA")
+    on = torch._C._dispatch_get_registrations_for_dispatch_key
+    for name in {op for op in on("CPU") if op.startswith("recurra::")} - set(on("CUDA")):
+        short = name.removeprefix("recurra::")
+
+        def refuse(*args, short=short, **kwargs):
+            if "cuda" in _loaded:
+                raise RuntimeError(f"{short}: this op has no CUDA kernel; move the tensors to cpu")
+            raise RuntimeError(
+                f"{short}: the tensors are on a CUDA device, but the CUDA library is "
+                f"{_problems['cuda']}; install a wheel of recurra, or build it where nvcc is on "
+                "the PATH, with a torch that has CUDA"
+            )
+
+        library.impl(short, refuse)
+    return library
+
+
+def loaded() -> dict[str, str]:
+    """The paths of the libraries that are loaded, by device."""
+    return _loaded
 
 
 def library_paths() -> list[str]:
@@ -66,6 +98,18 @@ def include_path() -> str:
     if path is None:
         raise FileNotFoundError("recurra: the C++ headers are missing, install the package again")
     return str(path)
+
+
+def cmake_prefix_path() -> str:
+    """The folder to name in CMake's ``CMAKE_PREFIX_PATH``, for ``find_package(recurra)``.
+
+    It has the target ``recurra::recurra``: ``librecurra.so``, the kernels without torch and without
+    Python, and the headers of :func:`include_path`.
+    """
+    path = _find("lib/cmake/recurra")
+    if path is None:
+        raise FileNotFoundError("recurra: the CMake package is missing, install recurra again")
+    return str(path.parents[2])
 
 
 def status() -> dict[str, str]:

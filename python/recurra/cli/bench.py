@@ -21,6 +21,7 @@ _BENCH = """\
       recurra bench --op linear_scan --shape 2x4096x512
       recurra bench --peers --json results.json
       recurra bench --rates
+      recurra bench --device cuda --json gpu.json
 """
 
 
@@ -69,13 +70,31 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="let the C library return large blocks to the system, as it does by default",
     )
+    bench.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: the table of a GPU beside its copy bandwidth; takes --json alone",
+    )
     bench.add_argument("--json", metavar="FILE", help="also write the results there")
     bench.add_argument("--check", action="store_true", help="exit with 1 if a target is missed")
+
+
+def _on_gpu(args: argparse.Namespace) -> int:
+    from recurra.bench import cuda, report
+
+    table = cuda.run()
+    if args.json:
+        report.write_json(args.json, table["machine"], None, table["cases"])
+    missed = [c for c in table["cases"] if c.get("limit") and c["ratio"] > c["limit"]]
+    return 1 if args.check and missed else 0
 
 
 def run(args: argparse.Namespace) -> int:
     from recurra.bench import cases, report, timing
 
+    if args.device == "cuda":
+        return _on_gpu(args)
     if args.shape:
         if len(args.op) != 1:
             raise ValueError("--shape needs exactly one --op")

@@ -17,7 +17,8 @@ _EPILOG = """\
     with the speed of training, the speed of decoding one sequence and the size of its state.
     A minute tells how quickly a model learns here, not how well it does in the end.
 
-    Ctrl-C leaves with the table of the models that are done.
+    Ctrl-C leaves with the table of the models that are done. A model that fails is told in the
+    table, the others go on, and the exit status is 1.
 
     examples
       recurra compare                                       one of each kind, a minute each
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     from recurra.train.data import Corpus, open_text
 
     if not 0 < args.minutes < 1e7:
-        raise ValueError(f"--minutes must be positive, got {args.minutes}")
+        raise ValueError(f"--minutes must be positive and below 1e+07, got {args.minutes}")
     _common.check_at_least_one(args, "parameters", "length", "batch")
     _common.set_threads(args)
     for name in filter(None, (args.picture, args.json)):
@@ -115,20 +116,33 @@ def run(args: argparse.Namespace) -> int:
         f"each, {len(corpus.train):,} bytes to train on, {torch.get_num_threads()} threads"
     )
     results: list[compare.Result] = []
+    failed: dict[str, str] = {}
     stopped = False
     try:
         for name, config in configs.items():
             seconds = 60 * args.minutes
-            results.append(compare.train(name, config, options, corpus, seconds, say))
+            try:
+                results.append(compare.train(name, config, options, corpus, seconds, say))
+            except Exception as error:  # whatever it is, the others are not to be lost
+                failed[name] = _sentence(error)
+                say(f"{name} failed: {failed[name]}")
     except KeyboardInterrupt:
         stopped = True
         say(f"interrupted, {len(results)} of {len(configs)} models are done")
-    if results:
-        print(compare.table(results), flush=True)
+    if results or failed:
+        print(compare.table(results, failed), flush=True)
         if args.json:
-            _write(Path(args.json), results)
+            _write(Path(args.json), results, failed)
+    if results:
         print(_picture.draw(args.picture, 2, lambda axes: compare.fill(axes, results)))
-    return 130 if stopped else 0
+    return 130 if stopped else int(bool(failed))
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _names(text: str) -> list[str]:
@@ -139,7 +153,7 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _write(path: Path, results: list) -> None:
+def _write(path: Path, results: list, failed: dict[str, str]) -> None:
     from recurra import _files
 
     entries = [dataclasses.asdict(result) for result in results]
@@ -148,4 +162,7 @@ def _write(path: Path, results: list) -> None:
         entry["curve"] = [pair for pair in entry["curve"] if math.isfinite(pair[1])]
         if not math.isfinite(entry["bits_per_byte"]):
             entry["bits_per_byte"] = None
-    _files.replace(path, lambda to: _files.write_json(to, {"results": entries}))
+    about: dict[str, object] = {"results": entries}
+    if failed:
+        about["failed"] = failed
+    _files.replace(path, lambda to: _files.write_json(to, about))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -156,22 +157,27 @@ def run(args: argparse.Namespace) -> int:
     _common.set_threads(args)
     folder = Path(args.folder)
     world = World(args.parallel, args.device)
+    status = 1
     try:
-        if not world.leads:
-            return _run(args, folder, world)
-        with checkpoint.alone(folder):
-            return _run(args, folder, world)
+        with checkpoint.alone(folder) if world.leads else contextlib.nullcontext():
+            status = _run(args, folder, world)
     except Shared:
         if world.leads:
             raise
-        return 1
     except (OSError, RuntimeError, ValueError) as error:
         if world.leads:
             raise
         print(f"recurra train: process {world.rank}: {error}", file=sys.stderr, flush=True)
-        return 1
     finally:
         world.close()
+    if world.size > 1 and args.own_process:
+        # A thread of gloo lets go of a collective's tensors some time after the collective has
+        # returned, and needs the interpreter for it: one that finds it shutting down aborts the
+        # process. DDP and FSDP keep the group for ever, so that nothing waits for its threads.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def _run(args: argparse.Namespace, folder: Path, world) -> int:

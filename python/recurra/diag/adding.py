@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from recurra.diag import _picture, cell_info
+from recurra.diag import _picture, _schedule, cell_info, check_ranges
 
 HELP = "the adding problem: the sum of the two numbers that a marker points at"
 EPILOG = """\
@@ -79,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
     from recurra.cli import _common
 
     _common.check_at_least_one(args, "channels", "batch", "steps")
+    check_ranges(args)
     if args.length < 2:
         raise ValueError(f"--length must be at least 2, got {args.length}")
     _common.set_threads(args)
@@ -86,7 +87,6 @@ def run(args: argparse.Namespace) -> int:
     generator = torch.Generator().manual_seed(args.seed + 1)
     model = _model(args.cell, args.channels)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     held_out = samples(512, args.length, torch.Generator().manual_seed(args.seed + 2))
 
     def error() -> float:
@@ -95,20 +95,24 @@ def run(args: argparse.Namespace) -> int:
 
     print(f"{args.cell}, T = {args.length}, N = {args.channels}; always saying 1: {TRIVIAL:.4f}")
     start, points = time.monotonic(), [(0, error())]
+    seconds, limit = 0.0, 60 * args.minutes
     for step in range(1, args.steps + 1):
+        done = _schedule.progress(step - 1, args.steps, seconds, limit)
+        optimizer.param_groups[0]["lr"] = args.lr * _schedule.rate(done, warmup=0.0)
         x, want = samples(args.batch, args.length, generator)
         loss = F.mse_loss(model(x), want)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        _schedule.check_finite(step, loss.item(), norm)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
-        late = time.monotonic() - start > 60 * args.minutes
+        seconds = time.monotonic() - start
+        late = seconds > limit and step < args.steps
         if step % 100 == 0 or step == args.steps or late:
             points.append((step, error()))
-            seconds = time.monotonic() - start
             print(f"step {step:5}  MSE {points[-1][1]:.5f}  {seconds:6.1f} s", flush=True)
         if late:
+            print(f"stopped by --minutes after step {step} of {args.steps}")
             break
     last = points[-1][1]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from recurra.diag import _picture
+from recurra.diag import _picture, check_ranges
 
 HELP = "bias of the gradients of RTRL in a stack, by depth and chunk"
 EPILOG = """\
@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     from recurra.rtrl import Layer, OnlineLearner
 
     _common.check_at_least_one(args, "channels", "length", "batch")
+    check_ranges(args)
     for name in ("depths", "chunks"):
         if min(getattr(args, name)) < 1:
             raise ValueError(f"--{name} must be at least 1, got {min(getattr(args, name))}")

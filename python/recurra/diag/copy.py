@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from recurra.diag import _picture
+from recurra.diag import _picture, check_ranges
 
 HELP = "a memory task learned online: exact RTRL, or backpropagation truncated at the chunk"
 EPILOG = """\
@@ -76,8 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from recurra.rtrl import Layer, OnlineLearner
 
     _common.check_at_least_one(args, "symbols", "delay", "chunk", "channels", "batch")
-    if not args.seconds > 0:
-        raise ValueError(f"--seconds must be positive, got {args.seconds}")
+    check_ranges(args)
     # For arrays this small others only disturb.
     args.threads = 1 if args.threads is None else args.threads
     _common.set_threads(args)

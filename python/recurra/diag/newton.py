@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from recurra.diag import _picture, cell_info
+from recurra.diag import _picture, cell_info, check_ranges
 
 HELP = "passes of Newton's method against recurrent scale, length and chunk"
 EPILOG = """\
@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
     from recurra.cli import _common
 
     _common.check_at_least_one(args, "channels", "length", "chunk")
+    check_ranges(args)
     _common.set_threads(args)
     print(f"{args.cell}, {args.channels} channels, T = {args.length}, gate bias {args.gate_bias:g}")
     print(f"{'|a| <=':>8} {'newton':>8} {'newton-global':>14} {'exponent':>10}")

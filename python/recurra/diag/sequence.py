@@ -7,7 +7,7 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING
 
-from recurra.diag import _picture
+from recurra.diag import _picture, _schedule, check_ranges
 from recurra.diag.tasks import Task
 
 if TYPE_CHECKING:
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     import recurra
     from recurra.lm import LMConfig
+
+
+_BYTES_PER_PARAMETER = 16  # weight, gradient and the two moments of AdamW
 
 
 class Diagnostic:
@@ -53,15 +56,15 @@ class Diagnostic:
         from recurra.cli import _common
 
         _common.check_at_least_one(args, "d_model", "layers", "steps", "batch")
-        for name in ("minutes", "lr"):
-            if not getattr(args, name) > 0:
-                raise ValueError(f"--{name} must be positive, got {getattr(args, name)}")
-        if args.min_acc is not None and not 0 <= args.min_acc <= 1:
-            raise ValueError(f"--min-acc must be from 0 to 1, got {args.min_acc}")
+        check_ranges(args)
         variants = _variants(args, self.task)
         if self.task.held_out is not None:
             self.task.held_out()  # says at once where it is missing
         _common.set_threads(args)
+        for config in variants.values():
+            check_memory(self.task, config, args.batch)
+        if self.task.both_ranges and len(variants) == 1:
+            print(f"{args.mixer} has no other range for its gates, so there is one curve")
         curves = {}
         for label, config in variants.items():
             torch.manual_seed(args.seed)
@@ -137,8 +140,41 @@ def _loss(task: Task, model: recurra.LM, tokens: Tensor, labels: Tensor) -> Tens
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-1)
 
 
+def check_memory(task: Task, config: LMConfig, batch: int) -> None:
+    """Raises ValueError where the parameters, or what a step of training keeps for its gradient,
+    exceed the memory of this machine."""
+    import torch
+
+    import recurra
+    from recurra.lm.config import check_fits
+
+    config.check_memory(_BYTES_PER_PARAMETER)
+    model = recurra.LM(config)
+    kept = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
+
+    def keep(x: Tensor) -> Tensor:
+        kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes())
+        return x
+
+    longest = task.train[1]
+    drawn = task.draw(1, longest, torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = _loss(task, model, *drawn)
+    needed = batch * sum(kept.values())
+    del loss  # what it keeps has its own addresses until now
+    check_fits(
+        needed,
+        f"--batch {batch} with --d-model {config.d_model} needs {needed / 2**30:.4g} GiB for "
+        f"sequences of {longest}",
+    )
+
+
 def train(task: Task, config: LMConfig, args: argparse.Namespace) -> recurra.LM:
-    """A model of that configuration after --steps, or --minutes, whichever is less."""
+    """A model of that configuration after --steps, or --minutes, whichever is less.
+
+    Raises:
+        RuntimeError: the loss or its gradient is not finite.
+    """
     import torch
 
     import recurra
@@ -146,35 +182,40 @@ def train(task: Task, config: LMConfig, args: argparse.Namespace) -> recurra.LM:
     generator = torch.Generator().manual_seed(args.seed + 1)
     model = recurra.LM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.lr, total_steps=args.steps, pct_start=0.1
-    )
     start = told = time.monotonic()
+    seconds, limit = 0.0, 60 * args.minutes
     low, high = task.train
     for step in range(1, args.steps + 1):
+        done = _schedule.progress(step - 0.5, args.steps, seconds, limit)
+        optimizer.param_groups[0]["lr"] = args.lr * _schedule.rate(done)
         length = int(torch.randint(low, high + 1, (), generator=generator))
         if task.growing:
-            done = step / args.steps
             place = done + (1 - done) * torch.rand((), generator=generator).item()
             length = round(low * (high / low) ** place)
         loss = _loss(task, model, *task.draw(args.batch, length, generator))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        _schedule.check_finite(step, loss.item(), norm)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
         now = time.monotonic()
-        late = now - start > 60 * args.minutes
+        seconds = now - start
+        late = seconds > limit and step < args.steps
         if now - told > 5 or late or step == args.steps:
             told = now
-            print(f"  step {step:5}  loss {loss.item():.4f}  {now - start:6.1f} s", flush=True)
+            print(f"  step {step:5}  loss {loss.item():.4f}  {seconds:6.1f} s", flush=True)
         if late:
+            print(f"  stopped by --minutes after step {step} of {args.steps}", flush=True)
             break
     return model
 
 
 def accuracies(task: Task, model: recurra.LM, seed: int, count: int = 512) -> dict[int, float]:
-    """By length: the share of sequences, fresh or held out, whose last label is right."""
+    """By length: the share of sequences, fresh or held out, whose last label is right.
+
+    Raises:
+        RuntimeError: the logits are not finite.
+    """
     import torch
 
     out = {}
@@ -182,9 +223,10 @@ def accuracies(task: Task, model: recurra.LM, seed: int, count: int = 512) -> di
     for length in task.lengths:
         tokens, labels = task.held_out() if task.held_out else task.draw(count, length, generator)
         with torch.inference_mode():
-            said = torch.cat(
-                [model(part)[0][..., : task.classes].argmax(-1) for part in tokens.split(64)]
-            )
+            logits = torch.cat([model(part)[0][..., : task.classes] for part in tokens.split(64)])
+        if not logits.isfinite().all():
+            raise RuntimeError("what the model says is not finite: a smaller --lr may help")
+        said = logits.argmax(-1)
         asked = labels >= 0
         # The last one that is asked for in each sequence.
         last = asked.long().cumsum(1).eq(asked.sum(1, keepdim=True)) & asked

@@ -191,6 +191,7 @@ TASKS: dict[str, Task] = {
         train=(32, 128),
         lengths=(64, 128, 256, 512),
         mixer="hgrn",
+        n_layers=2,  # one to see which bit was written, one to keep it
         steps=1000,
         lr=0.01,
     ),
@@ -216,6 +217,8 @@ TASKS: dict[str, Task] = {
         train=(1, 40),
         lengths=(20, 40, 100, 250, 500),
         mixer="lrnn",
+        # Of five seeds four reach 1.000 at 500 symbols, and the fifth 0.965.
+        settings={"lrnn": {"p": 1.3}},
     ),
     "digits": Task(
         "handwritten digits, read pixel by pixel",

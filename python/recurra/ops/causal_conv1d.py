@@ -32,7 +32,7 @@ def causal_conv1d(
 
     Args:
         x: input, (B, T, D); float32, float64, bfloat16 or float16, any strides. A (B, D, T)
-            tensor comes in as ``x.transpose(1, 2)``.
+            tensor comes in as ``x.swapaxes(1, 2)``.
         weight: (D, W) with W >= 2; ``weight[:, W - 1]`` multiplies the current input. The dtype
             of ``x`` or float32.
         bias: (D,), the dtype of ``x`` or float32; zeros when None.

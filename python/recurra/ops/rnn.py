@@ -80,8 +80,8 @@ def rnn(
     where that is not down to the rounding of the sequential result, the sequential result is what
     is returned. It pays where there are too few sequences and channels to fill the machine.
     ``newton-global`` is the form of the papers, with every state an unknown (Lim et al.,
-    arXiv 2309.12252; Danieli et al., arXiv 2510.21450). Differentiable once, in ``x``, ``params``
-    and ``h0``, from ``y`` and ``h_last``.
+    arXiv 2309.12252; Danieli et al., arXiv 2510.21450), on the CPU alone. Differentiable once, in
+    ``x``, ``params`` and ``h0``, from ``y`` and ``h_last``.
 
     Args:
         x: (B, T, G, N), the G inputs of the cell for N channels; float32, float64, bfloat16 or
@@ -89,13 +89,14 @@ def rnn(
         params: (P, N), the parameters of the cell. The dtype of ``x`` or float32.
         h0: initial states, (B, K, N), or (S, K, N) with ``cu_seqlens``; zero when None. float32
             for 16-bit ``x``, otherwise the dtype of ``x``.
-        cell: name of the cell, or a :class:`recurra.Cell`, for whose differences see
-            docs/python_cells.md.
+        cell: name of the cell, or one of your own: a :class:`recurra.Cell` (docs/python_cells.md)
+            or what :func:`recurra.jit.cell` returns (docs/jit.md).
         algorithm: "sequential", "newton", "newton-global", or "auto", which chooses by shape.
         chunk: steps of a stretch for "newton"; chosen by shape when None.
         max_passes: passes of Newton's method after which it has failed; 16 when None.
         on_fail: "sequential", "warn", which computes sequentially as well and says so on stderr, as
-            torch's own kernels do, or "raise".
+            torch's own kernels do, or "raise". On CUDA the latter two wait for the device and are
+            refused while a graph is captured.
         return_states: return all states instead of the output.
         reset: (B, T) of bool; where True the state before that step is zero.
         cu_seqlens: (S + 1,) int32 or int64, the ends of S sequences packed along T, from 0 to T;

@@ -47,7 +47,7 @@ def selective_scan(
 
     Warning:
         The layout is (B, T, D). mamba_ssm's (B, D, L) tensors are passed as transposed views,
-        ``u.transpose(1, 2)``, at no cost; a call that forgets to raises unless D = T, which
+        ``u.swapaxes(1, 2)``, at no cost; a call that forgets to raises unless D = T, which
         cannot be detected.
 
     Args:

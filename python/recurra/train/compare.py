@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from recurra.lm import CONFIGS, LM, LMConfig
+from recurra.lm import CONFIGS, LM, LMConfig, gemma_scale
+from recurra.lm.config import _machine_memory
 from recurra.train.data import Corpus
 from recurra.train.options import TrainOptions
 from recurra.train.trainer import NonFiniteLoss, Trainer
@@ -21,6 +23,9 @@ ALIASES = {"mamba": "tiny"}
 _TOLERANCE = 0.15
 # Widths that are tried are multiples of this.
 _WIDTH = 8
+# A width beyond this is not tried.
+_WIDEST = 1 << 16
+_BYTES = 256  # in the vocabulary
 # Of weight, gradient and the two moments of AdamW.
 _BYTES_PER_PARAMETER = 16
 _VALIDATIONS = 8
@@ -71,29 +76,36 @@ def sized(name: str, parameters: int) -> LMConfig:
     """A named configuration over bytes, of the width that brings it closest to a size.
 
     Raises:
-        ValueError: the name is unknown, or no width comes close.
+        ValueError: the name is unknown, the machine too small, or no width comes close.
     """
     known = CONFIGS.get(ALIASES.get(name, name))
     if known is None:
         raise ValueError(f"unknown mixer {name}; known are {', '.join([*ALIASES, *CONFIGS])}")
-    scaled = known.embed_scale == known.d_model**0.5  # as Gemma scales it
+    needed, there = _BYTES_PER_PARAMETER * parameters, _machine_memory()
+    if needed > there:
+        raise ValueError(
+            f"{name} with --parameters {parameters:.4g} needs {needed / 2**30:.4g} GiB of memory "
+            f"to train, this machine has {there / 2**30:.4g} GiB"
+        )
+    scaled = known.embed_scale == gemma_scale(known.d_model)
     tried: list[tuple[int, LMConfig]] = []
-    width = 0
-    while not tried or tried[-1][0] < parameters:
-        width += _WIDTH
+    # The embedding alone ends the search, but heads or blocks may divide only a larger width.
+    for width in range(_WIDTH, min(_WIDEST, parameters // _BYTES + 1024), _WIDTH):
         config = dataclasses.replace(
             known,
-            vocab_size=256,
+            vocab_size=_BYTES,
             d_model=width,
-            embed_scale=width**0.5 if scaled else known.embed_scale,
+            embed_scale=gemma_scale(width) if scaled else known.embed_scale,
             eos_token_ids=(),
         )
         try:
-            count = config.parameter_count()
+            tried.append((config.parameter_count(), config))
         except ValueError:  # heads or blocks do not divide it
             continue
-        config.check_memory(_BYTES_PER_PARAMETER)
-        tried.append((count, config))
+        if tried[-1][0] >= parameters:
+            break
+    if not tried:
+        raise ValueError(f"{name} cannot have about {parameters:,} parameters: no width fits it")
     count, config = min(tried, key=lambda pair: abs(pair[0] - parameters))
     if abs(count - parameters) > _TOLERANCE * parameters:
         raise ValueError(
@@ -120,13 +132,14 @@ def train(
         seconds: of training steps; those of validations are not counted.
         say: is told what is going on.
     """
+    # The first step finds cold memory and sleeping threads, which is not the model's fault. Nothing
+    # of it stays: two models and their optimizers may be more than there is memory.
+    with contextlib.suppress(NonFiniteLoss):  # comes again
+        Trainer(config, options, corpus).train_step()
     trainer = Trainer(config, options, corpus)
     spent, due = 0.0, 1
     curve: list[tuple[float, float]] = []
     try:
-        # The first step finds cold memory and sleeping threads, which is not the model's fault.
-        trainer.train_step()
-        trainer = Trainer(config, options, corpus)
         while spent < seconds:
             begin = time.perf_counter()
             trainer.train_step()
@@ -174,8 +187,14 @@ def _decode(model: LM, corpus: Corpus) -> tuple[float, int]:
     return 1 / statistics.median(times), sum(x.nbytes for part in state for x in part)
 
 
-def table(results: Sequence[Result]) -> str:
-    """The results, the best first."""
+def table(results: Sequence[Result], failed: Mapping[str, str] | None = None) -> str:
+    """The results, the best first, and below them what failed.
+
+    Args:
+        results: of the models that were trained.
+        failed: a sentence by the name of a model.
+    """
+    failed = failed or {}
     head = ("model", "bits/byte", "train tokens/s", "decode tokens/s", "state bytes")
     rows = [(*head, "parameters", "width", "steps")]
     for r in ranked(results):
@@ -192,10 +211,12 @@ def table(results: Sequence[Result]) -> str:
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[0] = max(widths[0], *map(len, failed), 0)
     lines = []
     for name, *rest in rows:
         cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
         lines.append("  ".join((name.ljust(widths[0]), *cells)))
+    lines += [f"{name.ljust(widths[0])}  failed: {sentence}" for name, sentence in failed.items()]
     return "\n".join(lines)
 
 
