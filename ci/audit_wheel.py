@@ -27,7 +27,15 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 MIB = 1 << 20
-LIMITS = {"_ops_cpu.so": 20 * MIB, "_ops_cuda.so": 100 * MIB, "librecurra.so": 20 * MIB}
+LIMITS = {
+    "_ops_cpu.so": 20 * MIB,
+    "_ops_cuda.so": 2 * MIB,
+    "_xla_cuda.so": 2 * MIB,
+    "librecurra.so": 20 * MIB,
+    "librecurra_cuda.so": 40 * MIB,
+}
+# What is linked to librecurra_cuda.so and finds it beside, wherever the package lies.
+ON_CUDA_KERNELS = ("_ops_cuda.so", "_xla_cuda.so")
 WITH_KERNELS = ("_ops_cpu.so", "librecurra.so")
 OTHER_LIMIT = 20 * MIB  # the pybind11 module, which has the kernels too
 WHEEL_LIMIT = {False: 20 * MIB, True: 120 * MIB}  # without and with the CUDA library
@@ -41,8 +49,13 @@ NEEDED = re.compile(
 EXPORTED = re.compile(
     r"PyInit__native|_ZT[ISV]N?K?St\w*|_ZGV(Z?N)?K?St\w*|_ZZ?N?K?St\w*|__bss_start|_edata|_end"
 )
-# What librecurra.so is there for: functions of the namespace, but not one for each instruction set.
-EXPORTED_KERNELS = re.compile(r"_ZN7recurra(?!4avx2|6avx512|6scalar)\d+[a-z_\d]+E\w+")
+# What some are there for. librecurra.so: functions of the namespace, but not one for each
+# instruction set.
+EXPORTED_BY = {
+    "librecurra.so": re.compile(r"_ZN7recurra(?!4avx2|6avx512|6scalar)\d+[a-z_\d]+E\w+"),
+    "librecurra_cuda.so": re.compile(r"_ZN7recurra4cuda\d+[a-z_\d]+(B5cxx11)?E\w+"),
+    "_xla_cuda.so": re.compile(r"recurra_xla_cuda|recurra_cuda_status"),
+}
 DIST_INFO = (
     "METADATA",
     "RECORD",
@@ -112,7 +125,7 @@ def expected_files(tree: Iterable[str], name: Name, cuda: bool) -> set[str]:
     files |= {f"recurra/lib/cmake/recurra/recurra-{file}.cmake" for file in CMAKE}
     files.add("recurra/include/recurra/simd/flags.txt")
     if cuda:
-        files.add("recurra/_ops_cuda.so")
+        files |= {f"recurra/{file}" for file in (*ON_CUDA_KERNELS, "lib/librecurra_cuda.so")}
     for path in tree:
         if path.startswith("python/recurra/"):
             files.add(path.removeprefix("python/"))
@@ -190,15 +203,21 @@ def check_library(name: str, dynamic: str, segments: str, symbols: str, size: in
     """
     problems = []
     for needed in re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic):
-        if not NEEDED.fullmatch(needed):
+        beside = name in ON_CUDA_KERNELS and needed == "librecurra_cuda.so"
+        if not NEEDED.fullmatch(needed) and not beside:
             problems.append(f"needs {needed}")
     if name.startswith("_ops_") and "[libtorch_cpu.so]" not in dynamic:
         problems.append("does not need libtorch_cpu.so, so that torch need not be loaded first")
-    if name == "librecurra.so" and "torch" in dynamic:
+    if not name.startswith("_ops_") and "torch" in dynamic:
         problems.append("needs torch")
-    for tag in ("RPATH", "RUNPATH", "TEXTREL"):
-        if f"({tag})" in dynamic:
-            problems.append(f"has {tag}")
+    places = re.findall(r"\((RPATH|RUNPATH)\).*\[(.*)\]", dynamic)
+    if name in ON_CUDA_KERNELS:
+        if not any(path == "$ORIGIN/lib" for _, path in places):
+            problems.append("does not look for librecurra_cuda.so where that is")
+        places = [(tag, path) for tag, path in places if path != "$ORIGIN/lib"]
+    problems += [f"has {tag} {path}" for tag, path in places]
+    if "(TEXTREL)" in dynamic:
+        problems.append("has TEXTREL")
     if "GNU_RELRO" not in segments or not re.search(r"BIND_NOW|\bNOW\b", dynamic):
         problems.append("is not fully RELRO")
     if re.search(r"GNU_STACK.*RWE", segments) or "GNU_STACK" not in segments:
@@ -207,8 +226,8 @@ def check_library(name: str, dynamic: str, segments: str, symbols: str, size: in
         problems.append("has a segment that is writable and executable")
     for line in symbols.splitlines():
         symbol = line.split()[-1].split("@")[0]
-        kernel = name == "librecurra.so" and EXPORTED_KERNELS.fullmatch(symbol)
-        if not kernel and not EXPORTED.fullmatch(symbol):
+        own = name in EXPORTED_BY and EXPORTED_BY[name].fullmatch(symbol)
+        if not own and not EXPORTED.fullmatch(symbol):
             problems.append(f"exports {symbol}")
     if size > LIMITS.get(name, OTHER_LIMIT):
         problems.append(f"has {size} bytes, at most {LIMITS.get(name, OTHER_LIMIT)} are allowed")

@@ -32,8 +32,12 @@ say "$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name())'), sm_$ar
 
 generator=()
 if command -v ninja > /dev/null; then generator=(-G Ninja); fi
+# recurra.jax needs the module for NumPy, and has something to test where JAX finds the GPU.
+with_jax=OFF
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
+if "$PYTHON" -c 'import pybind11, jax; jax.devices("cuda")' 2> /dev/null; then with_jax=ON; fi
 cmake -S . -B "$BUILD/package" "${generator[@]}" -DRECURRA_CUDA_ARCHITECTURES="$arch-real" \
-  -DRECURRA_PYBIND=OFF -DPython_EXECUTABLE="$(command -v "$PYTHON")" > "$BUILD/cmake.log" \
+  -DRECURRA_PYBIND=$with_jax -DPython_EXECUTABLE="$(command -v "$PYTHON")" > "$BUILD/cmake.log" \
   || die "cmake failed: $(tail -n 20 "$BUILD/cmake.log")"
 cmake --build "$BUILD/package" --parallel "$(nproc)" > "$BUILD/build.log" \
   || die "the build failed: $(tail -n 40 "$BUILD/build.log")"
@@ -53,6 +57,7 @@ part() { # part SECONDS WHAT COMMAND...
   timeout "$limit" "$@" || { echo "ci/gpu.sh: $what failed" >&2 && failed=1; }
 }
 on_gpu=(tests/test_cuda.py tests/test_cuda_library.py tests/test_ops.py tests/test_rtrl.py tests/test_serving.py)
+if [ "$with_jax" = ON ]; then on_gpu+=(tests/test_jax.py); else say "no JAX with a GPU: left out"; fi
 part 150 "tests" "$PYTHON" -m pytest -q "${on_gpu[@]}" -m gpu "$@"
 # By the compiler itself: a build of tests/cpp would take the CPU's kernels along. ci/nightly.sh has
 # every float, which is minutes of the CPU.

@@ -22,10 +22,10 @@ if(TARGET _native)
   recurra_component(pkg:pypi/pybind11 pybind11 ${pybind11_VERSION}
                     "\"license\": {\"id\": \"BSD-3-Clause\"}" "headers, compiled into _native")
 endif()
-if(TARGET _ops_cuda)
+if(TARGET recurra_cuda)
   recurra_component(pkg:generic/nvidia/cudart_static cudart_static ${CUDAToolkit_VERSION}
                     "\"license\": {\"name\": \"NVIDIA CUDA Toolkit End User License Agreement\"}"
-                    "the CUDA runtime, linked statically into _ops_cuda.so")
+                    "the CUDA runtime, linked statically into librecurra_cuda.so")
 endif()
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   recurra_component(pkg:generic/gcc libstdc++ ${CMAKE_CXX_COMPILER_VERSION}

@@ -109,8 +109,10 @@ def test_expected_files():
         "recurra/py.typed",
         "recurra/_ops_cpu.so",
         "recurra/_ops_cuda.so",
+        "recurra/_xla_cuda.so",
         "recurra/_native.cpython-311-x86_64-linux-gnu.so",
         "recurra/lib/librecurra.so",
+        "recurra/lib/librecurra_cuda.so",
         "recurra/lib/cmake/recurra/recurra-config.cmake",
         "recurra/lib/cmake/recurra/recurra-config-version.cmake",
         "recurra/lib/cmake/recurra/recurra-targets.cmake",
@@ -122,7 +124,11 @@ def test_expected_files():
         "recurra/include/recurra/simd/flags.txt",
     }
     without = audit.expected_files(TREE, NAME, cuda=False)
-    assert EXPECTED - without == {"recurra/_ops_cuda.so"}
+    assert EXPECTED - without == {
+        "recurra/_ops_cuda.so",
+        "recurra/_xla_cuda.so",
+        "recurra/lib/librecurra_cuda.so",
+    }
 
 
 @pytest.mark.parametrize(
@@ -245,6 +251,32 @@ def test_the_library_of_cpp_programs():
     assert "exports _ZTIN7recurra" in named(symbols=kernels + "0000 V _ZTIN7recurra4CellE\n")[0]
     assert "at most" in named(size=21 << 20)[0]
     assert any("cannot be told" in text for text in audit.check_code("librecurra.so", ""))
+
+
+def test_the_libraries_of_cuda():
+    plain = DYNAMIC.replace("0x1 (NEEDED)  Shared library: [libtorch_cpu.so]", "")
+    near = (
+        "(NEEDED) Shared library: [librecurra_cuda.so]\n(RUNPATH) Library runpath: [$ORIGIN/lib]\n"
+    )
+    kernel = "0000 T _ZN7recurra4cuda3rnnERKNS_3RnnE\n"
+    handler = "0000 T recurra_xla_cuda\n"
+    assert library("librecurra_cuda.so", plain, symbols=kernel) == []
+    assert library("_ops_cuda.so", DYNAMIC + near) == []
+    assert library("_xla_cuda.so", plain + near, symbols=handler) == []
+    for name, dynamic, symbols, problem in (
+        ("librecurra_cuda.so", DYNAMIC, kernel, "needs torch"),
+        ("librecurra_cuda.so", plain + near, kernel, "needs librecurra_cuda.so"),
+        ("librecurra_cuda.so", plain + near, kernel, "has RUNPATH $ORIGIN/lib"),
+        ("librecurra_cuda.so", plain, kernel.replace("4cuda", "6scalar"), "exports _ZN7recurra6"),
+        ("librecurra_cuda.so", plain, kernel.replace("3rnn", "3rnn4loopI"), "exports _ZN7recurra4"),
+        ("_xla_cuda.so", DYNAMIC + near, handler, "needs torch"),
+        ("_xla_cuda.so", plain, handler, "does not look for librecurra_cuda.so"),
+        ("_xla_cuda.so", plain + near, kernel, "exports _ZN7recurra4cuda"),
+        ("_ops_cuda.so", DYNAMIC + near.replace("$ORIGIN/lib", "/x"), "", "has RUNPATH /x"),
+        ("_ops_cpu.so", DYNAMIC + near, "", "needs librecurra_cuda.so"),
+    ):
+        assert any(problem in found for found in library(name, dynamic, symbols=symbols)), problem
+    assert "at most" in library("librecurra_cuda.so", plain, symbols=kernel, size=41 << 20)[0]
 
 
 @pytest.mark.parametrize("header", ["  Machine:  AArch64", "", "  Machine: Intel 80386"])

@@ -1,4 +1,5 @@
-"""The CUDA library loads on every torch, also on one that was built without CUDA."""
+"""The CUDA libraries load on every torch, also on one that was built without CUDA, and that of JAX
+without torch."""
 
 from __future__ import annotations
 
@@ -26,6 +27,21 @@ def test_loads_on_this_torch():
         "assert not torch.cuda.is_initialized()\n"
     )
     subprocess.run([sys.executable, "-c", program, str(LIBRARY)], check=True, timeout=120)
+
+
+@pytest.mark.skipif(not LIBRARY.exists(), reason="built without nvcc")
+def test_custom_calls_of_xla_load_without_torch():
+    program = (
+        "import ctypes, sys\n"
+        "library = ctypes.CDLL(sys.argv[1])\n"
+        "said = ctypes.create_string_buffer(200)\n"
+        "assert library.recurra_cuda_status(-1, said, ctypes.c_size_t(200)) == 1\n"
+        "assert said.value == b'recurra: no CUDA device has number -1', said.value\n"
+        "maps = open('/proc/self/maps').read()\n"
+        "assert 'lib/librecurra_cuda.so' in maps and 'torch' not in maps\n"
+    )
+    path = LIBRARY.with_name("_xla_cuda.so")
+    subprocess.run([sys.executable, "-c", program, str(path)], check=True, timeout=120)
 
 
 def test_without_the_library_cuda_tensors_are_told_why():

@@ -27,11 +27,13 @@ class OutOfMemory : public std::bad_alloc {
   std::string text_;
 };
 
-[[noreturn]] void out_of_memory(DType dtype, int64_t dims, const int64_t* sizes) {
+[[noreturn]] void out_of_memory(DType dtype, int64_t dims, const int64_t* sizes,
+                                const std::string& why = "") {
   std::string shape;
   for (int64_t n = 0; n < dims; ++n) shape += (n ? ", " : "") + std::to_string(sizes[n]);
   throw OutOfMemory("recurra: there is no memory for an array of shape (" + shape +
-                    (dims == 1 ? ",)" : ")") + " and dtype " + dtype_name(dtype));
+                    (dims == 1 ? ",)" : ")") + " and dtype " + dtype_name(dtype) +
+                    (why.empty() ? "" : ": " + why));
 }
 
 // Broadcasting makes shapes of any size of a few bytes, so that no product may be trusted.
@@ -46,9 +48,18 @@ int64_t bytes_of(DType dtype, int64_t dims, const int64_t* sizes) {
   return bytes;
 }
 
-// New memory, aligned for vectors, as torch aligns it.
-Array allocate(DType dtype, int64_t dims, const int64_t* sizes, const int64_t* strides) {
+// New memory where `like` is, on the CPU aligned for vectors, as torch aligns it.
+Array allocate(const Array& like, DType dtype, int64_t dims, const int64_t* sizes,
+               const int64_t* strides) {
   const int64_t bytes = bytes_of(dtype, dims, sizes);
+  if (like.device) {
+    std::string why;
+    void* data = bytes ? like.device->allocate(static_cast<size_t>(bytes), why) : nullptr;
+    if (bytes && !data) out_of_memory(dtype, dims, sizes, why);
+    Array a(data, dtype, dims, sizes, strides);
+    a.device = like.device;
+    return a;
+  }
   void* data = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64 + 64));
   if (!data) out_of_memory(dtype, dims, sizes);
   wish_huge_pages(data, bytes);
@@ -66,18 +77,19 @@ void set_strides(int64_t dims, const int64_t* sizes, const int* order, int64_t* 
   }
 }
 
-Array result(DType dtype, int64_t dims, const int64_t* sizes, const int64_t* strides) {
+Array result(const Array& like, DType dtype, int64_t dims, const int64_t* sizes,
+             const int64_t* strides) {
   return outputs ? outputs->take(dtype, dims, sizes, strides)
-                 : allocate(dtype, dims, sizes, strides);
+                 : allocate(like, dtype, dims, sizes, strides);
 }
 
-Array contiguous(std::initializer_list<int64_t> sizes, DType dtype,
-                 Array (*make)(DType, int64_t, const int64_t*, const int64_t*)) {
+Array contiguous(const Array& like, std::initializer_list<int64_t> sizes, DType dtype,
+                 decltype(&result) make) {
   const int64_t dims = static_cast<int64_t>(sizes.size());
   Dims strides{};
   constexpr int order[Array::kMostDims] = {0, 1, 2, 3, 4, 5, 6, 7};
   set_strides(dims, sizes.begin(), order, strides.data());
-  return make(dtype, dims, sizes.begin(), strides.data());
+  return make(like, dtype, dims, sizes.begin(), strides.data());
 }
 
 // Whether elements and places are one to one.
@@ -123,6 +135,10 @@ std::string dtype_name(const Array& a) {
   return a.unknown.empty() ? dtype_name(a.dtype) : a.unknown;
 }
 
+std::string device_name(const Array& a) {
+  return a.device ? "cuda:" + std::to_string(a.get_device_index()) : "cpu";
+}
+
 std::string advice(const std::string& argument) {
   return ": pass " + argument + ".astype(\"float32\")";
 }
@@ -139,11 +155,11 @@ Array empty_like(const Array& like) {
   }
   if (!is_dense(like))
     set_strides(like.dim(), sizes.data(), memory_order(like).data(), strides.data());
-  return result(like.dtype, like.dim(), sizes.data(), strides.data());
+  return result(like, like.dtype, like.dim(), sizes.data(), strides.data());
 }
 
-Array empty(const Array&, std::initializer_list<int64_t> sizes, DType dtype) {
-  return contiguous(sizes, dtype, result);
+Array empty(const Array& like, std::initializer_list<int64_t> sizes, DType dtype) {
+  return contiguous(like, sizes, dtype, result);
 }
 
 Array empty_ordered(const Array& like, const std::vector<int64_t>& sizes,
@@ -151,17 +167,26 @@ Array empty_ordered(const Array& like, const std::vector<int64_t>& sizes,
   Dims strides{};
   const int64_t dims = static_cast<int64_t>(sizes.size());
   set_strides(dims, sizes.data(), order.data(), strides.data());
-  return result(like.dtype, dims, sizes.data(), strides.data());
+  return result(like, like.dtype, dims, sizes.data(), strides.data());
 }
 
-Array scratch(const Array&, std::initializer_list<int64_t> sizes, DType dtype) {
-  return contiguous(sizes, dtype, allocate);
+Array scratch(const Array& like, std::initializer_list<int64_t> sizes, DType dtype) {
+  return contiguous(like, sizes, dtype, allocate);
 }
 
 Array zeros(const Array& like, std::initializer_list<int64_t> sizes, DType dtype) {
   Array a = scratch(like, sizes, dtype);
-  std::memset(a.data_ptr(), 0, static_cast<size_t>(a.numel() * item_size(dtype)));
+  set_zero(a);
   return a;
+}
+
+void set_zero(const Array& a) {
+  const size_t bytes = static_cast<size_t>(a.numel() * item_size(a.dtype));
+  if (bytes == 0) return;
+  if (a.device)
+    a.device->set_zero(a.data_ptr(), bytes);
+  else
+    std::memset(a.data_ptr(), 0, bytes);
 }
 
 Outputs::Outputs(std::vector<Array> arrays) : arrays_(std::move(arrays)) { outputs = this; }
@@ -180,7 +205,7 @@ Array Outputs::take(DType dtype, int64_t dims, const int64_t* sizes, const int64
   if (!good)
     throw Error("recurra: output " + std::to_string(next_) + " is not what the op returns");
   Array& a = arrays_[next_++];
-  wish_huge_pages(a.data_ptr(), a.numel() * item_size(dtype));
+  if (!a.device) wish_huge_pages(a.data_ptr(), a.numel() * item_size(dtype));
   return a;
 }
 

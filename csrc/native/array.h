@@ -1,6 +1,6 @@
-// An array of the CPU without torch. It has the members of torch's stable Tensor, and the functions
-// below are those of torch/tensor.h, that the bindings of csrc/torch use, which so compile for
-// either.
+// An array without torch, of the CPU or of a device. It has the members of torch's stable Tensor,
+// and the functions below are those of torch/tensor.h, that the bindings of csrc/torch use, which
+// so compile for either.
 #pragma once
 #include <array>
 #include <cstddef>
@@ -12,9 +12,24 @@
 #include <string>
 #include <vector>
 
+#include "cuda/stream.h"
 #include "view.h"
 
 namespace recurra {
+
+// A CUDA device as one call sees it: where its kernels go, and what gives them memory.
+class Device {
+ public:
+  cuda::Stream stream;
+
+  // Memory that stays until the call is over; null where there is none, and why.
+  virtual void* allocate(size_t bytes, std::string& why) = 0;
+  // Behind what is on the stream.
+  virtual void set_zero(void* data, size_t bytes) = 0;
+
+ protected:
+  ~Device() = default;
+};
 
 class Array {
  public:
@@ -31,11 +46,13 @@ class Array {
   int64_t numel() const;
   void* data_ptr() const { return data_; }
   bool is_contiguous() const;
-  bool is_cpu() const { return true; }
+  bool is_cpu() const { return !device; }
+  int get_device_index() const { return device->stream.device; }
   const std::shared_ptr<void>& memory() const { return memory_; }
 
   DType dtype = DType::f32;
-  std::string unknown;  // the name of a dtype that no op takes, instead of `dtype`
+  std::string unknown;       // the name of a dtype that no op takes, instead of `dtype`
+  Device* device = nullptr;  // null: the CPU
 
  private:
   void* data_ = nullptr;
@@ -52,7 +69,7 @@ using Error = std::invalid_argument;
 inline DType dtype_of(const Array& a) { return a.dtype; }
 inline bool known_dtype(const Array& a) { return a.unknown.empty(); }
 std::string dtype_name(const Array& a);
-inline std::string device_name(const Array&) { return "cpu"; }
+std::string device_name(const Array& a);
 // What to do about an argument of a dtype that no op takes.
 std::string advice(const std::string& argument);
 void warn(const char* op, const std::string& message);
@@ -65,6 +82,7 @@ Array empty_ordered(const Array& like, const std::vector<int64_t>& sizes,
 // Memory that an op works in.
 Array scratch(const Array& like, std::initializer_list<int64_t> sizes, DType dtype);
 Array zeros(const Array& like, std::initializer_list<int64_t> sizes, DType dtype);
+void set_zero(const Array& a);
 
 // As long as it lives, the ops that this thread calls write their results to these arrays, in the
 // order in which they return them.

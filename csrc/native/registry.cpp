@@ -5,18 +5,21 @@
 namespace recurra {
 namespace {
 
-std::map<std::string, Function, std::less<>>& functions() {
-  static std::map<std::string, Function, std::less<>> all;
-  return all;
+using Functions = std::map<std::string, Function, std::less<>>;
+
+Functions& functions(Platform platform) {
+  static Functions all[2];
+  return all[static_cast<int>(platform)];
 }
 
 }  // namespace
 
-Function find_op(std::string_view name) {
-  const auto found = functions().find(name);
-  return found == functions().end() ? nullptr : found->second;
+Function find_op(Platform platform, std::string_view name) {
+  const Functions& all = functions(platform);
+  const auto found = all.find(name);
+  return found == all.end() ? nullptr : found->second;
 }
 
-void Registry::impl(const char* name, Function function) { functions()[name] = function; }
+void Registry::impl(const char* name, Function function) { functions(platform_)[name] = function; }
 
 }  // namespace recurra

@@ -1,5 +1,5 @@
 // The ops by name, as functions of values: what NumPy and XLA call. A binding of csrc/torch
-// registers itself here where it is compiled without torch.
+// registers itself here where it is compiled without torch, for the CPU or for CUDA.
 #pragma once
 #include <cstdint>
 #include <optional>
@@ -18,12 +18,18 @@ using Value = std::variant<std::monostate, Array, bool, int64_t, double, std::st
 using Results = std::vector<Array>;
 using Function = Results (*)(std::vector<Value>& arguments);
 
+enum class Platform { cpu, cuda };
+
 // The function of an op; null where none has that name.
-Function find_op(std::string_view name);
+Function find_op(Platform platform, std::string_view name);
 
 class Registry {
  public:
+  explicit Registry(Platform platform) : platform_(platform) {}
   void impl(const char* name, Function function);
+
+ private:
+  Platform platform_;
 };
 
 namespace boxing {
@@ -74,15 +80,17 @@ Results boxed(std::vector<Value>& values) {
   return boxing::call<function>(values, function, std::make_index_sequence<count>());
 }
 
-// RECURRA_CPU_OPS(m) { m.impl("name", RECURRA_BOX(&function)); } once a file.
+// RECURRA_CPU_OPS(m) { m.impl("name", RECURRA_BOX(&function)); } once a file, and RECURRA_CUDA_OPS.
 #define RECURRA_BOX(...) (&::recurra::boxed<__VA_ARGS__>)
-#define RECURRA_CPU_OPS(m)                                      \
-  static void recurra_cpu_ops(::recurra::Registry& m);          \
-  [[maybe_unused]] static const bool recurra_has_cpu_ops = [] { \
-    ::recurra::Registry registry;                               \
-    recurra_cpu_ops(registry);                                  \
-    return true;                                                \
-  }();                                                          \
-  static void recurra_cpu_ops(::recurra::Registry& m)
+#define RECURRA_CPU_OPS(m) RECURRA_OPS(::recurra::Platform::cpu, m)
+#define RECURRA_CUDA_OPS(m) RECURRA_OPS(::recurra::Platform::cuda, m)
+#define RECURRA_OPS(PLATFORM, m)                            \
+  static void recurra_ops(::recurra::Registry& m);          \
+  [[maybe_unused]] static const bool recurra_has_ops = [] { \
+    ::recurra::Registry registry(PLATFORM);                 \
+    recurra_ops(registry);                                  \
+    return true;                                            \
+  }();                                                      \
+  static void recurra_ops(::recurra::Registry& m)
 
 }  // namespace recurra

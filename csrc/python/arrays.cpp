@@ -158,7 +158,7 @@ py::object numpy_array(const Array& a) {
 }
 
 py::object call(const std::string& name, const py::args& arguments) {
-  const CallableOp& op = callable_op(name);
+  const CallableOp& op = callable_op(Platform::cpu, name);
   if (arguments.size() != op.parameters.size())
     throw py::type_error(name + " takes " + std::to_string(op.parameters.size()) + " values, got " +
                          std::to_string(arguments.size()));

@@ -24,13 +24,13 @@ Parameter parse(const std::string& text) {
   return p;
 }
 
-std::map<std::string, CallableOp, std::less<>> all() {
+std::map<std::string, CallableOp, std::less<>> all(Platform platform) {
   std::map<std::string, CallableOp, std::less<>> found;
   for (const Op& op : ops()) {
     const std::string schema = op.schema;
     const auto open = schema.find('('), arrow = schema.rfind(") ->");
     CallableOp callable{schema.substr(0, open), nullptr, {}};
-    callable.function = find_op(callable.name);
+    callable.function = find_op(platform, callable.name);
     for (auto at = open + 1; at < arrow;) {
       auto comma = schema.find(", ", at);
       if (comma == std::string::npos || comma > arrow) comma = arrow;
@@ -45,8 +45,10 @@ std::map<std::string, CallableOp, std::less<>> all() {
 
 }  // namespace
 
-const CallableOp& callable_op(std::string_view name) {
-  static const auto ops = all();
+const CallableOp& callable_op(Platform platform, std::string_view name) {
+  static const std::map<std::string, CallableOp, std::less<>> of_platforms[] = {
+      all(Platform::cpu), all(Platform::cuda)};
+  const auto& ops = of_platforms[static_cast<int>(platform)];
   const auto found = ops.find(name);
   if (found == ops.end()) throw Error("recurra: no op is named " + std::string(name));
   return found->second;

@@ -24,7 +24,7 @@ struct CallableOp {
   std::vector<Parameter> parameters;
 };
 
-// Throws where no op has that name.
-const CallableOp& callable_op(std::string_view name);
+// Throws where no op of the platform has that name.
+const CallableOp& callable_op(Platform platform, std::string_view name);
 
 }  // namespace recurra

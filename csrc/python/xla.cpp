@@ -1,7 +1,4 @@
-// One handler of XLA custom calls for all ops on the CPU. Its attributes are the name of the op,
-// which of its arrays are given (a "1" or a "0" for each), and by their names the arguments that
-// are no arrays. Results are written to the buffers of XLA.
-#include <pybind11/pybind11.h>
+#include "python/xla.h"
 
 #include <new>
 #include <string>
@@ -9,16 +6,12 @@
 #include <utility>
 #include <vector>
 
-#include "python/module.h"
 #include "python/op.h"
-#include "python/xla_ffi.h"
-
-namespace py = pybind11;
 
 namespace recurra {
 namespace {
 
-Array array_of(const xla::Buffer& buffer, int64_t* strides) {
+Array array_of(const xla::Buffer& buffer, Device* device, int64_t* strides) {
   int64_t next = 1;
   for (int64_t n = buffer.rank - 1; n >= 0; --n) {
     strides[n] = next;
@@ -43,14 +36,15 @@ Array array_of(const xla::Buffer& buffer, int64_t* strides) {
   }
   Array a(buffer.data, dtype, buffer.rank, buffer.dims, strides);
   a.unknown = unknown;
+  a.device = device;
   return a;
 }
 
-Array array_of(const xla::Buffer& buffer) {
+Array array_of(const xla::Buffer& buffer, Device* device) {
   int64_t strides[Array::kMostDims];
   if (buffer.rank > Array::kMostDims)
     throw Error("recurra: arrays have at most 8 dimensions, got " + std::to_string(buffer.rank));
-  return array_of(buffer, strides);
+  return array_of(buffer, device, strides);
 }
 
 // The value of an attribute; null where there is none of that name and type.
@@ -91,8 +85,15 @@ Value option(const xla::Attributes& all, const Parameter& p) {
   return {};
 }
 
-void execute(const xla::CallFrame& frame) {
-  const CallableOp& op = callable_op(text(frame.attributes, "op").value_or(""));
+xla::Error* error(const xla::CallFrame& frame, xla::ErrorCode code, const char* message) {
+  xla::ErrorCreate arguments{sizeof(xla::ErrorCreate), nullptr, message, code};
+  return frame.api->error_create(&arguments);
+}
+
+}  // namespace
+
+void run_xla(const xla::CallFrame& frame, Platform platform, Device* device) {
+  const CallableOp& op = callable_op(platform, text(frame.attributes, "op").value_or(""));
   const std::string given = text(frame.attributes, "given").value_or("");
   std::vector<Value> values;
   values.reserve(op.parameters.size());
@@ -106,7 +107,7 @@ void execute(const xla::CallFrame& frame) {
     } else if (arrays >= given.size() || (given[arrays] == '1' && next >= frame.arguments.size)) {
       throw Error("recurra: a custom call lacks " + p.name);
     } else if (given[arrays++] == '1') {
-      values.push_back(array_of(*frame.arguments.buffers[next++]));
+      values.push_back(array_of(*frame.arguments.buffers[next++], device));
     } else {
       values.emplace_back();
     }
@@ -114,23 +115,20 @@ void execute(const xla::CallFrame& frame) {
   if (next != frame.arguments.size) throw Error("recurra: a custom call has too many arrays");
   std::vector<Array> results;
   for (int64_t i = 0; i < frame.results.size; ++i)
-    results.push_back(array_of(*frame.results.buffers[i]));
+    results.push_back(array_of(*frame.results.buffers[i], device));
   const Outputs outputs(std::move(results));
   op.function(values);
   if (!outputs.all_taken()) throw Error("recurra: a custom call has too many results");
 }
 
-xla::Error* error(const xla::CallFrame& frame, xla::ErrorCode code, const char* message) {
-  xla::ErrorCreate arguments{sizeof(xla::ErrorCreate), nullptr, message, code};
-  return frame.api->error_create(&arguments);
-}
-
-xla::Error* handle(xla::CallFrame* frame) {
+xla::Error* handle_xla(xla::CallFrame* frame, size_t api_size,
+                       void (*execute)(const xla::CallFrame& frame)) {
   for (auto* e = frame->extensions; e; e = e->next)
     if (e->type == xla::ExtensionType::metadata) {  // such a call may have no api
       xla::Metadata& metadata = *reinterpret_cast<xla::MetadataExtension*>(e)->metadata;
       metadata.version.major = xla::kMajor;
       metadata.version.minor = frame->api ? frame->api->version.minor : xla::kFirstMinor;
+      // Not for CUDA graphs: the memory that a call works in is XLA's again when it returns.
       metadata.traits = 0;
       return nullptr;
     }
@@ -138,6 +136,10 @@ xla::Error* handle(xla::CallFrame* frame) {
     return error(*frame, xla::ErrorCode::internal,
                  "recurra: this version of jaxlib calls custom calls in another way; install a "
                  "newer recurra");
+  if (frame->api->struct_size < api_size)
+    return error(*frame, xla::ErrorCode::internal,
+                 "recurra: this version of jaxlib does not tell a custom call its device; install "
+                 "a newer one");
   if (frame->stage != xla::Stage::execute) return nullptr;
   try {
     execute(*frame);
@@ -149,15 +151,6 @@ xla::Error* handle(xla::CallFrame* frame) {
   } catch (const std::exception& e) {
     return error(*frame, xla::ErrorCode::internal, e.what());
   }
-}
-
-}  // namespace
-
-void define_xla(py::module_& m) {
-  m.def(
-      "xla_handler",
-      [] { return py::capsule(reinterpret_cast<void*>(&handle), "xla._CUSTOM_CALL_TARGET"); },
-      "What jax.ffi.register_ffi_target takes: the ops as custom calls on the CPU.");
 }
 
 }  // namespace recurra

@@ -1,7 +1,7 @@
 // What a custom call of XLA is given, as far as ours reads it: the C interface of XLA's FFI, major
 // version 0, as jax.ffi.include_dir() documents it (xla/ffi/api/c_api.h). Within a major version
 // structs only grow at their ends, so that the version that a call comes with tells what may be
-// read of them. tests/test_jax.py compares every offset here with the header of the jax that is
+// read of them. tests/test_xla.py compares every offset here with the header of the jax that is
 // installed.
 #pragma once
 #include <cstddef>
@@ -37,12 +37,53 @@ struct MetadataExtension {
 };
 
 enum class ErrorCode : int { invalid_argument = 3, resource_exhausted = 8, internal = 13 };
-struct Error;
+struct Error;    // belongs to who is given it, and goes by being returned or destroyed
+struct Context;  // of one call
 struct ErrorCreate {
   size_t struct_size;
   Extension* extensions;
   const char* message;
   ErrorCode code;
+};
+struct ErrorMessage {
+  size_t struct_size;
+  Extension* extensions;
+  Error* error;
+  const char* message;  // out, as long as the error lives
+};
+struct ErrorDestroy {
+  size_t struct_size;
+  Extension* extensions;
+  Error* error;
+};
+
+// What a call on a device asks for.
+struct StreamGet {
+  size_t struct_size;
+  Extension* extensions;
+  Context* context;
+  void* stream;  // out
+};
+struct OrdinalGet {
+  size_t struct_size;
+  Extension* extensions;
+  Context* context;
+  int32_t ordinal;  // out
+};
+struct MemoryAllocate {
+  size_t struct_size;
+  Extension* extensions;
+  Context* context;
+  size_t size;
+  size_t alignment;  // a power of two, at most 16; what comes is aligned to more
+  void* data;        // out
+};
+struct MemoryFree {
+  size_t struct_size;
+  Extension* extensions;
+  Context* context;
+  size_t size;
+  void* data;
 };
 
 struct Api {
@@ -51,7 +92,18 @@ struct Api {
   Version version;
   const void* internal;
   Error* (*error_create)(ErrorCreate* arguments);
+  void (*error_message)(ErrorMessage* arguments);
+  void (*error_destroy)(ErrorDestroy* arguments);
+  void (*handler_register)();
+  Error* (*stream_get)(StreamGet* arguments);
+  void (*types_and_state[4])();
+  Error* (*memory_allocate)(MemoryAllocate* arguments);
+  Error* (*memory_free)(MemoryFree* arguments);
+  void (*threads_and_futures[6])();
+  Error* (*ordinal_get)(OrdinalGet* arguments);
 };
+// As much of it as calls on the CPU read.
+constexpr size_t kCpuApi = offsetof(Api, error_message);
 
 enum class DataType : int {
   pred = 1,
@@ -112,7 +164,7 @@ struct CallFrame {
   size_t struct_size;
   Extension* extensions;
   const Api* api;
-  void* context;
+  Context* context;
   Stage stage;
   Buffers arguments, results;
   Attributes attributes;

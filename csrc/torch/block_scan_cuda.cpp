@@ -1,8 +1,6 @@
 #include "torch/block_scan.h"
 #include "torch/device.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 namespace recurra {
@@ -24,9 +22,9 @@ std::tuple<Tensor, Tensor, Tensor> block_scan_backward_cuda(Tensor A, Tensor h, 
   constexpr const char* op = "_block_scan_backward";
   blocks::check_backward(op, A, h, h0, dh, dh_last, cu_seqlens);
   auto out = blocks::backward(sequences_of(h, cu_seqlens), A, h, h0, dh, dh_last, reverse);
-  Tensor scratch =
-      empty(h, {cuda::block_scan_backward_scratch(out.args)}, state_dtype(dtype_of(h)));
-  cuda::block_scan_backward(out.args, indices(op, "cu_seqlens", cu_seqlens), scratch.data_ptr(),
+  Tensor workspace =
+      scratch(h, {cuda::block_scan_backward_scratch(out.args)}, state_dtype(dtype_of(h)));
+  cuda::block_scan_backward(out.args, indices(op, "cu_seqlens", cu_seqlens), workspace.data_ptr(),
                             stream_of(h));
   return {out.dA, out.db, out.dh0};
 }
@@ -43,8 +41,8 @@ Tensor block_scan_step_cuda(Tensor h, Tensor A, Tensor b, OptionalTensor slots) 
 }  // namespace
 }  // namespace recurra
 
-STABLE_TORCH_LIBRARY_IMPL(recurra, CUDA, m) {
-  m.impl("block_scan", TORCH_BOX(&recurra::block_scan_cuda));
-  m.impl("_block_scan_backward", TORCH_BOX(&recurra::block_scan_backward_cuda));
-  m.impl("block_scan_step", TORCH_BOX(&recurra::block_scan_step_cuda));
+RECURRA_CUDA_OPS(m) {
+  m.impl("block_scan", RECURRA_BOX(&recurra::block_scan_cuda));
+  m.impl("_block_scan_backward", RECURRA_BOX(&recurra::block_scan_backward_cuda));
+  m.impl("block_scan_step", RECURRA_BOX(&recurra::block_scan_step_cuda));
 }

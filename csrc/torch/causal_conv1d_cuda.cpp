@@ -1,5 +1,3 @@
-#include <torch/csrc/stable/library.h>
-
 #include "torch/causal_conv1d.h"
 #include "torch/device.h"
 
@@ -57,8 +55,8 @@ Tensor causal_conv1d_step_cuda(Tensor h, Tensor x, Tensor weight, OptionalTensor
 }  // namespace
 }  // namespace recurra
 
-STABLE_TORCH_LIBRARY_IMPL(recurra, CUDA, m) {
-  m.impl("causal_conv1d", TORCH_BOX(&recurra::causal_conv1d_cuda));
-  m.impl("_causal_conv1d_backward", TORCH_BOX(&recurra::causal_conv1d_backward_cuda));
-  m.impl("causal_conv1d_step", TORCH_BOX(&recurra::causal_conv1d_step_cuda));
+RECURRA_CUDA_OPS(m) {
+  m.impl("causal_conv1d", RECURRA_BOX(&recurra::causal_conv1d_cuda));
+  m.impl("_causal_conv1d_backward", RECURRA_BOX(&recurra::causal_conv1d_backward_cuda));
+  m.impl("causal_conv1d_step", RECURRA_BOX(&recurra::causal_conv1d_step_cuda));
 }

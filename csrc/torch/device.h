@@ -13,8 +13,13 @@ inline Sequences sequences_of(const Tensor& lead, const OptionalTensor& cu_seqle
   return {cu_seqlens ? cu_seqlens->size(0) - 1 : lead.size(0), lead.size(1), nullptr};
 }
 
+// Where the kernels of a call go: the stream that torch uses now, or the one that XLA calls with.
 inline cuda::Stream stream_of(const Tensor& t) {
+#ifdef RECURRA_WITHOUT_TORCH
+  return t.device->stream;
+#else
   return cuda::current_stream(t.get_device_index());
+#endif
 }
 
 // cu_seqlens or slots of an op, with where its kernels mark values that they clamp.

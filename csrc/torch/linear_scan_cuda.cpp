@@ -1,5 +1,3 @@
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "torch/device.h"
@@ -17,8 +15,9 @@ struct Parts {
     const DType dtype = dtype_of(x);
     count = cuda::linear_scan_parts(s.count, s.time, x.size(2), dtype);
     if (count == 1) return;
-    products = empty(x, {s.count, count, x.size(2)}, is_complex(dtype) ? DType::c128 : DType::f64);
-    states = empty(x, {s.count, count, x.size(2)}, state_dtype(dtype));
+    products =
+        scratch(x, {s.count, count, x.size(2)}, is_complex(dtype) ? DType::c128 : DType::f64);
+    states = scratch(x, {s.count, count, x.size(2)}, state_dtype(dtype));
   }
   cuda::ScanParts views() const { return {view<3>(products), view<3>(states)}; }
 };
@@ -68,8 +67,8 @@ Tensor linear_scan_step_cuda(Tensor h, Tensor a, Tensor b, bool log_a, OptionalT
 }  // namespace
 }  // namespace recurra
 
-STABLE_TORCH_LIBRARY_IMPL(recurra, CUDA, m) {
-  m.impl("linear_scan", TORCH_BOX(&recurra::linear_scan_cuda));
-  m.impl("_linear_scan_backward", TORCH_BOX(&recurra::linear_scan_backward_cuda));
-  m.impl("linear_scan_step", TORCH_BOX(&recurra::linear_scan_step_cuda));
+RECURRA_CUDA_OPS(m) {
+  m.impl("linear_scan", RECURRA_BOX(&recurra::linear_scan_cuda));
+  m.impl("_linear_scan_backward", RECURRA_BOX(&recurra::linear_scan_backward_cuda));
+  m.impl("linear_scan_step", RECURRA_BOX(&recurra::linear_scan_step_cuda));
 }

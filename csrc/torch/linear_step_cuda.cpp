@@ -1,7 +1,5 @@
 #include "linear_step/linear_step.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include "torch/check.h"
 #include "torch/device.h"
 
@@ -23,6 +21,4 @@ Tensor linear_step_cuda(Tensor x, Tensor weight, OptionalTensor bias) {
 }  // namespace
 }  // namespace recurra
 
-STABLE_TORCH_LIBRARY_IMPL(recurra, CUDA, m) {
-  m.impl("_linear_step", TORCH_BOX(&recurra::linear_step_cuda));
-}
+RECURRA_CUDA_OPS(m) { m.impl("_linear_step", RECURRA_BOX(&recurra::linear_step_cuda)); }

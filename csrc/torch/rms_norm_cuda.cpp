@@ -1,8 +1,6 @@
 #include "torch/device.h"
 #include "torch/rms_norm.h"
 
-#include <torch/csrc/stable/library.h>
-
 namespace recurra {
 namespace {
 
@@ -23,7 +21,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cuda(Tensor dy, Tensor x, Tensor we
 }  // namespace
 }  // namespace recurra
 
-STABLE_TORCH_LIBRARY_IMPL(recurra, CUDA, m) {
-  m.impl("_rms_norm", TORCH_BOX(&recurra::rms_norm_cuda));
-  m.impl("_rms_norm_backward", TORCH_BOX(&recurra::rms_norm_backward_cuda));
+RECURRA_CUDA_OPS(m) {
+  m.impl("_rms_norm", RECURRA_BOX(&recurra::rms_norm_cuda));
+  m.impl("_rms_norm_backward", RECURRA_BOX(&recurra::rms_norm_backward_cuda));
 }

@@ -1,5 +1,3 @@
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <tuple>
 
@@ -12,14 +10,17 @@ namespace {
 
 using Optional = const OptionalTensor&;
 
-// What Newton's method leaves, as tensors on the device.
+// What Newton's method leaves, as tensors on the device, of which the first two are results.
 struct Report {
   Tensor passes, mismatch, failures;
 
   explicit Report(const Tensor& x)
-      : passes(zeros(x, {}, DType::i32)),
-        mismatch(zeros(x, {}, state_dtype(dtype_of(x)))),
-        failures(zeros(x, {}, DType::i32)) {}
+      : passes(empty(x, {}, DType::i32)),
+        mismatch(empty(x, {}, state_dtype(dtype_of(x)))),
+        failures(zeros(x, {}, DType::i32)) {
+    set_zero(passes);
+    set_zero(mismatch);
+  }
 };
 
 void newton(const char* op, const Rnn& base, const RnnOptions& options, const Tensor& x,
@@ -34,10 +35,10 @@ void newton(const char* op, const Rnn& base, const RnnOptions& options, const Te
   args.warm_up = shape.warm_up;
   args.max_passes = most_passes(options);
   const int64_t rows = cuda::newton_rows_on_device(all, cu_seqlens.has_value(), args.chunk);
-  Tensor workspace = empty(x, {rows * channels * newton_rows(states)}, state_dtype(dtype_of(x)));
-  Tensor passes = empty(x, {chains}, DType::i32), mismatch = empty(x, {chains}, DType::f64);
-  Tensor converged = empty(x, {chains}, DType::b8), done = empty(x, {chains}, DType::b8);
-  Tensor taken = empty(x, {chains}, DType::i64);
+  Tensor workspace = scratch(x, {rows * channels * newton_rows(states)}, state_dtype(dtype_of(x)));
+  Tensor passes = scratch(x, {chains}, DType::i32), mismatch = scratch(x, {chains}, DType::f64);
+  Tensor converged = scratch(x, {chains}, DType::b8), done = scratch(x, {chains}, DType::b8);
+  Tensor taken = scratch(x, {chains}, DType::i64);
   args.workspace = workspace.data_ptr();
   args.report = {static_cast<int32_t*>(passes.data_ptr()),
                  static_cast<double*>(mismatch.data_ptr()),
@@ -98,8 +99,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const char* op, bool 
          "for the device, got \"" +
              options.on_fail + "\"");
   RnnCall call(cell, all, x, params, h0, reset, return_states);
-  call.save(save, rnn_chunk_rows(all, cu_seqlens.has_value()));
   Report report(x);
+  call.save(save, rnn_chunk_rows(all, cu_seqlens.has_value()));
   if (solves)
     newton(op, call.args, options, x, cu_seqlens, steps, report, stream);
   else
@@ -139,7 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> rnn_backward_cuda(OptionalTensor dy, Optional
   check_saved(op, saved, cell, x, chunk_rows);
   const RnnBackwardCall call(given, cell, all);
   Tensor chunk_sums =
-      empty(x, {chunk_rows, params.size(0), padded_channels(x)}, state_dtype(dtype_of(x)));
+      scratch(x, {chunk_rows, params.size(0), padded_channels(x)}, state_dtype(dtype_of(x)));
   cuda::rnn_backward(call.args, indices(op, "cu_seqlens", cu_seqlens), chunk_sums.data_ptr(),
                      stream_of(x));
   return {call.dx, call.dparams, call.dh0};
@@ -160,9 +161,9 @@ Tensor rnn_step_cuda(Tensor h, Tensor x, Tensor params, std::string cell_name,
 }  // namespace
 }  // namespace recurra
 
-STABLE_TORCH_LIBRARY_IMPL(recurra, CUDA, m) {
-  m.impl("rnn", TORCH_BOX(&recurra::rnn_cuda));
-  m.impl("_rnn_save", TORCH_BOX(&recurra::rnn_save_cuda));
-  m.impl("_rnn_backward", TORCH_BOX(&recurra::rnn_backward_cuda));
-  m.impl("rnn_step", TORCH_BOX(&recurra::rnn_step_cuda));
+RECURRA_CUDA_OPS(m) {
+  m.impl("rnn", RECURRA_BOX(&recurra::rnn_cuda));
+  m.impl("_rnn_save", RECURRA_BOX(&recurra::rnn_save_cuda));
+  m.impl("_rnn_backward", RECURRA_BOX(&recurra::rnn_backward_cuda));
+  m.impl("rnn_step", RECURRA_BOX(&recurra::rnn_step_cuda));
 }

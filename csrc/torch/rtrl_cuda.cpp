@@ -1,5 +1,3 @@
-#include <torch/csrc/stable/library.h>
-
 #include "torch/device.h"
 #include "torch/rtrl.h"
 
@@ -20,10 +18,10 @@ void rtrl_update_cuda(Tensor weight, Tensor bias, Tensor S_params, Tensor u, Ten
   const int64_t K = weight.size(1);
   if (batch == 0 || channels == 0) return;
   const DType compute = dtype_of(x);
-  Tensor factors = empty(x, {K, batch, time, inputs, channels}, compute);
-  Tensor decay = empty(x, {K, batch, K, channels}, compute);
-  Tensor direct = empty(x, {K, batch, params.size(0), channels}, compute);
-  Tensor states = empty(x, {batch, time, K, channels}, compute);
+  Tensor factors = scratch(x, {K, batch, time, inputs, channels}, compute);
+  Tensor decay = scratch(x, {K, batch, K, channels}, compute);
+  Tensor direct = scratch(x, {K, batch, params.size(0), channels}, compute);
+  Tensor states = scratch(x, {batch, time, K, channels}, compute);
   RtrlDerivatives of;
   of.cell = cell.index;
   of.x = view<4>(x);
@@ -56,8 +54,8 @@ std::tuple<Tensor, Tensor, Tensor> rtrl_gradient_cuda(Tensor weight, Tensor bias
 }  // namespace
 }  // namespace recurra
 
-STABLE_TORCH_LIBRARY_IMPL(recurra, CUDA, m) {
-  m.impl("_rtrl_update", TORCH_BOX(&recurra::rtrl_update_cuda));
-  m.impl("_rtrl_advance", TORCH_BOX(&recurra::rtrl_advance_cuda));
-  m.impl("_rtrl_gradient", TORCH_BOX(&recurra::rtrl_gradient_cuda));
+RECURRA_CUDA_OPS(m) {
+  m.impl("_rtrl_update", RECURRA_BOX(&recurra::rtrl_update_cuda));
+  m.impl("_rtrl_advance", RECURRA_BOX(&recurra::rtrl_advance_cuda));
+  m.impl("_rtrl_gradient", RECURRA_BOX(&recurra::rtrl_gradient_cuda));
 }

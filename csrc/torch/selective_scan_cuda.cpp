@@ -1,5 +1,3 @@
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "torch/device.h"
@@ -26,7 +24,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, bool save, const Inpu
   const int64_t chunks = save ? cuda::saved_rows(args.sequences, cu_seqlens.has_value()) : 0;
   Tensor y = empty_like(u);
   Tensor h_last = empty(u, {args.sequences.count, u.size(2), args.states()}, compute);
-  Tensor saved = empty(u, {chunks, args.states(), args.spans.padded()}, compute);
+  Tensor saved = save ? empty(u, {chunks, args.states(), args.spans.padded()}, compute)
+                      : scratch(u, {0, args.states(), args.spans.padded()}, compute);
   args.y = view<3>(y);
   args.h_last = view<3>(h_last);
   args.saved = save ? saved.data_ptr() : nullptr;
@@ -69,9 +68,9 @@ selective_scan_backward_cuda(OptionalTensor dy, OptionalTensor dh_last, Tensor s
   check_saved(op, saved, cuda::saved_rows(args.sequences, cu_seqlens.has_value()), args);
   const int64_t count = args.sequences.count, states = args.states();
   const Gradients out(in, h0, count);
-  Tensor sum_A = empty(u, {count, states, u.size(2)}, compute);
-  Tensor sum_D = empty(u, {2, count, u.size(2)}, compute);
-  Tensor sum_BC = empty(u, {2, args.spans.count(), u.size(0) * u.size(1), states}, compute);
+  Tensor sum_A = scratch(u, {count, states, u.size(2)}, compute);
+  Tensor sum_D = scratch(u, {2, count, u.size(2)}, compute);
+  Tensor sum_BC = scratch(u, {2, args.spans.count(), u.size(0) * u.size(1), states}, compute);
   out.set(in, args);
   args.saved = saved.data_ptr();
   args.sum_A = sum_A.data_ptr();
@@ -102,10 +101,10 @@ Tensor selective_scan_step_cuda(Tensor h, Tensor u, Tensor delta, Tensor A, Tens
 }  // namespace
 }  // namespace recurra::selective_scan_op
 
-STABLE_TORCH_LIBRARY_IMPL(recurra, CUDA, m) {
+RECURRA_CUDA_OPS(m) {
   namespace op = recurra::selective_scan_op;
-  m.impl("selective_scan", TORCH_BOX(&op::selective_scan_cuda));
-  m.impl("_selective_scan_save", TORCH_BOX(&op::selective_scan_save_cuda));
-  m.impl("_selective_scan_backward", TORCH_BOX(&op::selective_scan_backward_cuda));
-  m.impl("selective_scan_step", TORCH_BOX(&op::selective_scan_step_cuda));
+  m.impl("selective_scan", RECURRA_BOX(&op::selective_scan_cuda));
+  m.impl("_selective_scan_save", RECURRA_BOX(&op::selective_scan_save_cuda));
+  m.impl("_selective_scan_backward", RECURRA_BOX(&op::selective_scan_backward_cuda));
+  m.impl("selective_scan_step", RECURRA_BOX(&op::selective_scan_step_cuda));
 }

@@ -1,5 +1,3 @@
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "torch/device.h"
@@ -20,8 +18,8 @@ softmax::Forward forward(const char* op, bool save, const Tensor& s, const Tenso
   const Sequences all = sequences_of(v, cu_seqlens);
   softmax::Forward out =
       softmax::forward(all, save ? chunk_rows(all, cu_seqlens) : -1, s, v, h0, decay, bonus);
-  Tensor scratch = empty(v, {cuda::softmax_scan_scratch(out.args)}, state_dtype(dtype_of(v)));
-  cuda::softmax_scan(out.args, indices(op, "cu_seqlens", cu_seqlens), {}, scratch.data_ptr(),
+  Tensor workspace = scratch(v, {cuda::softmax_scan_scratch(out.args)}, state_dtype(dtype_of(v)));
+  cuda::softmax_scan(out.args, indices(op, "cu_seqlens", cu_seqlens), {}, workspace.data_ptr(),
                      stream_of(v));
   return out;
 }
@@ -49,9 +47,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_scan_backward_cuda(
   const Sequences all = sequences_of(v, cu_seqlens);
   softmax::Backward out = softmax::backward(op, all, chunk_rows(all, cu_seqlens), d_o, dh_last,
                                             saved, s, v, h0, decay, bonus);
-  Tensor scratch =
-      empty(v, {cuda::softmax_scan_backward_scratch(out.args)}, state_dtype(dtype_of(v)));
-  cuda::softmax_scan_backward(out.args, indices(op, "cu_seqlens", cu_seqlens), scratch.data_ptr(),
+  Tensor workspace =
+      scratch(v, {cuda::softmax_scan_backward_scratch(out.args)}, state_dtype(dtype_of(v)));
+  cuda::softmax_scan_backward(out.args, indices(op, "cu_seqlens", cu_seqlens), workspace.data_ptr(),
                               stream_of(v));
   return {out.ds, out.dv, out.dh0, out.ddecay, out.dbonus};
 }
@@ -69,9 +67,9 @@ Tensor softmax_scan_step_cuda(Tensor h, Tensor s, Tensor v, OptionalTensor decay
 }  // namespace
 }  // namespace recurra
 
-STABLE_TORCH_LIBRARY_IMPL(recurra, CUDA, m) {
-  m.impl("softmax_scan", TORCH_BOX(&recurra::softmax_scan_cuda));
-  m.impl("_softmax_scan_save", TORCH_BOX(&recurra::softmax_scan_save_cuda));
-  m.impl("_softmax_scan_backward", TORCH_BOX(&recurra::softmax_scan_backward_cuda));
-  m.impl("softmax_scan_step", TORCH_BOX(&recurra::softmax_scan_step_cuda));
+RECURRA_CUDA_OPS(m) {
+  m.impl("softmax_scan", RECURRA_BOX(&recurra::softmax_scan_cuda));
+  m.impl("_softmax_scan_save", RECURRA_BOX(&recurra::softmax_scan_save_cuda));
+  m.impl("_softmax_scan_backward", RECURRA_BOX(&recurra::softmax_scan_backward_cuda));
+  m.impl("softmax_scan_step", RECURRA_BOX(&recurra::softmax_scan_step_cuda));
 }

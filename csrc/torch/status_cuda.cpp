@@ -1,5 +1,3 @@
-#include <torch/csrc/stable/library.h>
-
 #include "cuda/wait.h"
 #include "torch/device.h"
 
@@ -19,6 +17,4 @@ std::string device_status_cuda(Tensor on) {
 }  // namespace
 }  // namespace recurra
 
-STABLE_TORCH_LIBRARY_IMPL(recurra, CUDA, m) {
-  m.impl("_device_status", TORCH_BOX(&recurra::device_status_cuda));
-}
+RECURRA_CUDA_OPS(m) { m.impl("_device_status", RECURRA_BOX(&recurra::device_status_cuda)); }

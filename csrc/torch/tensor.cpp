@@ -108,15 +108,20 @@ Tensor empty_ordered(const Tensor& like, const std::vector<int64_t>& sizes,
 }
 
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype) {
-  // torch fills large tensors with its threads, which in a forked child hangs.
-  if (like.is_cpu()) {
-    Tensor t = empty(like, sizes, dtype);
-    const size_t bytes = static_cast<size_t>(t.numel() * item_size(dtype));
-    if (bytes > 0) std::memset(t.data_ptr(), 0, bytes);
-    return t;
+  Tensor t = empty(like, sizes, dtype);
+  set_zero(t);
+  return t;
+}
+
+void set_zero(const Tensor& t) {
+  if (!t.is_cpu()) {
+    Tensor same = t;
+    torch::stable::zero_(same);
+    return;
   }
-  return torch::stable::new_zeros(like, {sizes.begin(), sizes.size()},
-                                  kScalarTypes[static_cast<int>(dtype)]);
+  // torch fills large tensors with its threads, which in a forked child hangs.
+  const size_t bytes = static_cast<size_t>(t.numel() * item_size(dtype_of(t)));
+  if (bytes > 0) std::memset(t.data_ptr(), 0, bytes);
 }
 
 }  // namespace recurra

@@ -1,7 +1,6 @@
 // The tensor that the bindings are written on: torch's, through its stable ABI, or, where
 // RECURRA_WITHOUT_TORCH is defined, the array of csrc/native, which has the same members. The
-// bindings of the CPU are compiled for both, so that a call says and computes the same with and
-// without torch.
+// bindings are compiled for both, so that a call says and computes the same with and without torch.
 #pragma once
 #ifdef RECURRA_WITHOUT_TORCH
 #include "native/array.h"
@@ -43,10 +42,12 @@ inline Tensor scratch(const Tensor& like, std::initializer_list<int64_t> sizes, 
   return empty(like, sizes, dtype);
 }
 Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);
+void set_zero(const Tensor& t);
 
-// RECURRA_CPU_OPS(m) { m.impl("name", RECURRA_BOX(&function)); } once a file.
+// RECURRA_CPU_OPS(m) { m.impl("name", RECURRA_BOX(&function)); } once a file, and RECURRA_CUDA_OPS.
 #define RECURRA_BOX(...) TORCH_BOX(__VA_ARGS__)
 #define RECURRA_CPU_OPS(m) STABLE_TORCH_LIBRARY_IMPL(recurra, CPU, m)
+#define RECURRA_CUDA_OPS(m) STABLE_TORCH_LIBRARY_IMPL(recurra, CUDA, m)
 
 }  // namespace recurra
 #endif

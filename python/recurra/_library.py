@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ _problems: dict[str, str] = {}
 _refusals: list[torch.library.Library] = []
 
 
-def _find(name: str) -> Path | None:
+def find(name: str) -> Path | None:
+    """The path of a file of the package, or None where it was built without it."""
     # An editable install has two folders on the package path: the sources and the build.
     for folder in recurra.__path__:
         path = Path(folder) / name
@@ -24,7 +26,7 @@ def _find(name: str) -> Path | None:
 
 def load() -> None:
     """Registers every op of the library with torch."""
-    cpu = _find("_ops_cpu.so")
+    cpu = find("_ops_cpu.so")
     if cpu is None:
         raise ImportError(
             "recurra: the compiled library _ops_cpu.so is missing; install the package with "
@@ -35,7 +37,7 @@ def load() -> None:
 
     # The CUDA library only adds implementations, so a failure leaves the CPU ops whole. It loads
     # on a torch without CUDA too, but has nothing to serve there.
-    cuda = _find("_ops_cuda.so")
+    cuda = find("_ops_cuda.so")
     if cuda is None:
         _problems["cuda"] = "not built: no nvcc was found when recurra was built"
     elif torch.version.cuda is None:
@@ -74,6 +76,17 @@ def refuse_on_cuda() -> torch.library.Library:
     return library
 
 
+def xla_cuda() -> tuple[ctypes.CDLL | None, str]:
+    """The ops as custom calls of XLA on CUDA; or None, and why."""
+    path = find("_xla_cuda.so")
+    if path is None:
+        return None, "recurra was built without nvcc"
+    try:
+        return ctypes.CDLL(str(path)), ""
+    except OSError as error:
+        return None, f"its library cannot be loaded ({error})"
+
+
 def loaded() -> dict[str, str]:
     """The paths of the libraries that are loaded, by device."""
     return _loaded
@@ -94,7 +107,7 @@ def include_path() -> str:
 
     Cells, the functions and dual numbers that they are made of, and the arguments of the kernels.
     """
-    path = _find("include")
+    path = find("include")
     if path is None:
         raise FileNotFoundError("recurra: the C++ headers are missing, install the package again")
     return str(path)
@@ -106,7 +119,7 @@ def cmake_prefix_path() -> str:
     It has the target ``recurra::recurra``: ``librecurra.so``, the kernels without torch and without
     Python, and the headers of :func:`include_path`.
     """
-    path = _find("lib/cmake/recurra")
+    path = find("lib/cmake/recurra")
     if path is None:
         raise FileNotFoundError("recurra: the CMake package is missing, install recurra again")
     return str(path.parents[2])

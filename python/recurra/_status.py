@@ -14,7 +14,7 @@ _SENTENCES = {
 }
 
 
-def sentences(said: str, device: torch.device) -> list[str]:
+def sentences(said: str, device: object) -> list[str]:
     """One for each line that the CUDA library has, such as "cu_seqlens of rnn"."""
     lines = said.splitlines()
     return [f"{line} {_SENTENCES[line.split()[0]].format(device)}" for line in lines]

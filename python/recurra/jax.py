@@ -1,14 +1,15 @@
 """The ops on JAX arrays, as custom calls of XLA with derivatives: kernels, checks and bits of the
-torch ops, under `jax.jit`, `jax.grad` and `jax.vmap`, on the CPU.
+torch ops, under `jax.jit`, `jax.grad` and `jax.vmap`, on the CPU and on CUDA.
 
 Shapes and dtypes are checked when a call is traced and raise ValueError, or TypeError for what is
 no array, in the words of the torch ops. Values, those of ``cu_seqlens``, are checked when it runs:
 then JAX raises JaxRuntimeError, or ValueError where it has run the same function before, with the
-sentence in it.
+sentence in it. On CUDA they are clamped instead, which :func:`check_status` tells.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import re
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from recurra import ops
+from recurra import _library, _status, ops
 from recurra._check import dtype_name, fail
 from recurra._documentation import documentation
 
@@ -35,11 +36,15 @@ except ImportError as error:
         "again"
     ) from error
 
-__all__ = ["causal_conv1d", "linear_scan", "rnn", "selective_scan"]
+__all__ = ["causal_conv1d", "check_status", "linear_scan", "rnn", "selective_scan"]
 
 _TARGET = "recurra"
 jax.ffi.register_ffi_target(_TARGET, _native.xla_handler(), platform="cpu")
 _native.follow_torch()
+_cuda, _no_cuda = _library.xla_cuda()
+if _cuda is not None:
+    _handler = jax.ffi.pycapsule(_cuda.recurra_xla_cuda)
+    jax.ffi.register_ffi_target(_TARGET, _handler, platform="CUDA")
 
 _Pairs = tuple[tuple[str, Any], ...]
 
@@ -204,22 +209,29 @@ def _lower(context, *operands, op: str, given: tuple[str, ...], options: _Pairs)
     return jax.ffi.ffi_lowering(_TARGET)(context, *operands, op=op, **attributes)
 
 
-def _refuse(platform: str):
+def _refuse(platform: str, kernels: str):
     def lower(context, *operands, op: str, **_):
         fail_as(
             ValueError,
             op,
-            f"recurra.jax has kernels for the CPU only, and this computation is placed on "
-            f'{platform}: place it with jax.default_device(jax.devices("cpu")[0]), or call '
-            "the torch op",
+            f"this computation is placed on {platform}, and recurra.jax has {kernels} place it "
+            'with jax.default_device(jax.devices("cpu")[0])',
         )
 
     return lower
 
 
-mlir.register_lowering(_primitive, _lower, platform="cpu")
-for _platform in ("cuda", "rocm", "tpu"):
-    mlir.register_lowering(_primitive, _refuse(_platform), platform=_platform)
+_rules = {"cpu": _lower, "cuda": _lower}
+for _platform in ("rocm", "tpu"):
+    _rules[_platform] = _refuse(_platform, "kernels for the CPU and for CUDA only:")
+if _cuda is None:
+    _rules["cuda"] = _refuse(
+        "cuda",
+        f"no CUDA kernels here, since {_no_cuda}: install a wheel of recurra, build it where nvcc "
+        "is on the PATH, or",
+    )
+for _platform, _rule in _rules.items():
+    mlir.register_lowering(_primitive, _rule, platform=_platform)
 
 
 def fail_as(kind: type[Exception], op: str, message: str):
@@ -337,6 +349,34 @@ def _differentiable(op: str, given: tuple[str, ...], options: _Pairs, results: i
     call.defvjp(forward, backward, symbolic_zeros=True)
     # Compiled by itself too: jax.shard_map takes such a derivative in a compiled function only.
     return jax.jit(call)
+
+
+def check_status(device: jax.Device | None = None) -> None:
+    """Raises where a kernel on a GPU was given ``cu_seqlens`` that it had to clamp.
+
+    Their values lie on the device and are not checked when a call runs there, which would wait for
+    it: kernels clamp them and leave a mark. This function waits for all that was put on the device,
+    by torch as well, and then reads the marks and takes them away. On the CPU, where the call
+    itself raises, it returns at once.
+
+    Args:
+        device: the one that JAX places computations on when None.
+
+    Raises:
+        RuntimeError: an argument of an op had such values since this was last called; a sentence
+            for each.
+    """
+    if device is None:
+        device = jnp.zeros(()).device
+    if device.platform != "gpu" or _cuda is None:
+        return
+    said = ctypes.create_string_buffer(4096)
+    failed = _cuda.recurra_cuda_status(device.local_hardware_id, said, ctypes.c_size_t(len(said)))
+    text = said.value.decode()
+    if failed:
+        raise RuntimeError(text)
+    if text:
+        raise RuntimeError("recurra: " + "; ".join(_status.sentences(text, device)))
 
 
 def _array(op: str, name: str, x):
