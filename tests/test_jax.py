@@ -497,20 +497,29 @@ def test_on_several_devices():
         whole = jax.jit(scan, in_shardings=(NamedSharding(mesh, P()), spread), out_shardings=spread)
         assert np.array_equal(whole(a, b), want)
         cut = dict(mesh=mesh, in_specs=(P(), P("rows")), out_specs=P("rows"))
-        mapped = jax.shard_map(scan, check_vma=False, **cut)
-        assert np.array_equal(jax.jit(mapped)(a, b), want)
-        assert np.array_equal(mapped(a, b), want)
-        da, db = jax.jit(jax.grad(lambda a, b: mapped(a, b).sum(), argnums=(0, 1)))(a, b)
         leaves = [torch.tensor(x, requires_grad=True) for x in (a, b)]
         recurra.linear_scan(*leaves)[0].sum().backward()
-        assert np.array_equal(db, leaves[1].grad.numpy())
-        assert np.allclose(da, leaves[0].grad.numpy(), rtol=1e-5)
-        try:
-            jax.jit(jax.shard_map(scan, **cut))(a, b)
-        except ValueError as error:
-            assert "linear_scan: inside jax.shard_map this needs check_vma=False" in str(error)
-        else:
-            raise AssertionError("not refused")
+        for check in (True, False):
+            mapped = jax.shard_map(scan, check_vma=check, **cut)
+            assert np.array_equal(jax.jit(mapped)(a, b), want)
+            assert np.array_equal(mapped(a, b), want)
+            da, db = jax.jit(jax.grad(lambda a, b: mapped(a, b).sum(), argnums=(0, 1)))(a, b)
+            assert np.array_equal(db, leaves[1].grad.numpy())
+            assert np.allclose(da, leaves[0].grad.numpy(), rtol=1e-5)
+
+        # Parameters that all devices share, differentiated inside, and examples that do not fold.
+        ends = np.array([0, 5, 5, 300])
+        packed = lambda a, b: jax.vmap(lambda b: rj.linear_scan(a, b[None], cu_seqlens=ends)[0])(b)
+        whole = jax.jit(packed)(a, b)
+        assert np.array_equal(jax.jit(jax.shard_map(packed, **cut))(a, b), whole)
+        x, params = rng.random((8, 20, 3, 16), np.float32), rng.random((3, 16), np.float32)
+        loss = lambda x, p: rj.rnn(x, p, cell="paragru", algorithm="sequential")[0].sum()
+        grad = jax.grad(loss, argnums=(0, 1))
+        cut = dict(mesh=mesh, in_specs=(P("rows"), P()), out_specs=(P("rows"), P()))
+        dx, dp = jax.jit(jax.shard_map(grad, **cut))(x, params)
+        want = jax.jit(grad)(x, params)
+        assert np.array_equal(dx, want[0])
+        assert np.allclose(dp, want[1], rtol=1e-5)
         """,
         XLA_FLAGS="--xla_force_host_platform_device_count=4",
     )

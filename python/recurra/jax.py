@@ -177,18 +177,39 @@ def _shapes(*avals, op: str, given: tuple[str, ...], options: _Pairs):
         if f"{lead} must have dtype float32, float64" in message:
             message += f': pass {lead}.astype("float32")'
         raise ValueError(message) from None
-    if any(_varies(aval) for aval in avals):
-        fail_as(ValueError, op, "inside jax.shard_map this needs check_vma=False")
+    lead = arrays[_schema(op).lead]
     return [
-        jax.core.ShapedArray(tuple(x.shape), jnp.dtype(str(x.dtype).removeprefix("torch.")))
-        for x in out
+        _like(lead, tuple(x.shape), jnp.dtype(str(x.dtype).removeprefix("torch."))) for x in out
     ]
 
 
-def _varies(aval) -> bool:
-    """Whether the array differs between devices, of which jax.shard_map keeps account."""
-    kind = getattr(aval, "manual_axis_type", None)
-    return bool(getattr(kind, "varying", None) or getattr(aval, "vma", None))
+# ---- jax.shard_map, which keeps account of the axes of the mesh that arrays vary along --------
+
+
+def _axes(aval) -> frozenset[str]:
+    kind = getattr(aval, "manual_axis_type", None)  # the name changes between versions of JAX
+    return frozenset(getattr(kind, "varying", ()) or getattr(aval, "vma", ()))
+
+
+def _like(aval, shape: tuple[int, ...], dtype):
+    """What an array is that varies as another one does."""
+    if not _axes(aval):
+        return jax.core.ShapedArray(shape, dtype)
+    whole = aval.sharding.update(spec=jax.sharding.PartitionSpec(*[None] * len(shape)))
+    return aval.update(shape=shape, dtype=dtype, weak_type=False, sharding=whole)
+
+
+def _vary_alike(op: str, arrays: dict[str, Any]) -> list:
+    """The arrays with all axes that any of them varies along; gradients are summed over those that
+    are added here."""
+    axes = {k: _axes(jax.typeof(x)) for k, x in arrays.items()}
+    every = frozenset().union(*axes.values())
+    if every and not hasattr(jax.lax, "pcast"):
+        fail_as(ValueError, op, "inside jax.shard_map this version of JAX needs check_vma=False")
+    return [
+        jax.lax.pcast(x, tuple(sorted(every - axes[k])), to="varying") if axes[k] < every else x
+        for k, x in arrays.items()
+    ]
 
 
 @functools.cache
@@ -428,7 +449,7 @@ def _call(op: str, results: int, arrays: dict[str, Any], **options):
 
     given = {k: _array(op, k, x) for k, x in arrays.items() if has(k, x)}
     flags = tuple((k, _option(op, k, v)) for k, v in options.items() if has(k, v))
-    return _differentiable(op, tuple(given), flags, results)(*given.values())
+    return _differentiable(op, tuple(given), flags, results)(*_vary_alike(op, given))
 
 
 _COPIED = r"as\1, which XLA copies"
