@@ -121,14 +121,14 @@ for version in $PYTHONS; do
 done
 [ -n "$BUILT" ] || die "none of these Pythons is there: $PYTHONS"
 
-say "the libraries of torch ops are the same in all of them"
+say "the libraries of torch ops and of CUDA are the same in all of them"
 python - "$DIST"/*.whl << 'EOF'
 import hashlib, re, sys, zipfile
 
 seen = {}
 for wheel in map(zipfile.ZipFile, sys.argv[1:]):
     for name in wheel.namelist():
-        if re.search(r"_ops_\w+\.so$", name):
+        if re.search(r"(_ops_\w+|_xla_cuda|librecurra_cuda)\.so$", name):
             seen.setdefault(name, set()).add(hashlib.sha256(wheel.read(name)).hexdigest())
 for name, digests in seen.items():
     print(name, *digests)
