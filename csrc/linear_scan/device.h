@@ -1,11 +1,10 @@
 // What the CUDA kernels of linear_scan share: elements that may be complex, walks along time that
 // read ahead, and the reduction of parts of time.
 #pragma once
+#include "cuda/complex.h"
 #include "cuda/launch.h"
 #include "cuda/split.h"
-#include "cuda/storage.h"
 #include "linear_scan/linear_scan.h"
-#include "math/complex.h"
 
 namespace recurra::cuda {
 // Named, because nvcc names what is in an unnamed one after the path of its file.
@@ -13,43 +12,24 @@ namespace linear_scan_detail {
 
 constexpr int kThreads = 128;
 
-// A complex number as it lies in memory.
-template <class T>
-struct alignas(2 * sizeof(T)) Pair {
-  T re, im;
-};
-
-// Of elements of storage S: what is computed with, how states and sums are stored, and how the
-// product of the gates of a part is: in double, whose range holds it wherever states are finite.
+// Of elements of storage S: how states and sums are stored, and how the product of the gates of a
+// part is: in double, whose range holds it wherever states are finite.
 template <class S>
 struct Types {
-  using Value = Compute<S>;
   using State = Compute<S>;
   using Product = double;
 };
 template <class T>
 struct Types<Pair<T>> {
-  using Value = Complex<T>;
   using State = Pair<T>;
   using Product = Pair<double>;
 };
 template <class S>
-using Value = typename Types<S>::Value;
+using Value = Compute<S>;
 template <class S>
 using State = typename Types<S>::State;
 template <class S>
 using Product = typename Types<S>::Product;
-
-using cuda::load;
-using cuda::store;
-template <class T>
-RECURRA_FN Complex<T> load(const Pair<T>* p) {
-  return {p->re, p->im};
-}
-template <class T>
-RECURRA_FN void store(Pair<T>* p, Complex<T> v) {
-  *p = {v.re, v.im};
-}
 
 RECURRA_FN double widened(float v) { return v; }
 RECURRA_FN double widened(double v) { return v; }

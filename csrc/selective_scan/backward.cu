@@ -1,11 +1,11 @@
 // A block walks 32 or 64 channels of one sequence backwards, in the chunks of which the forward
-// saved the states. A thread holds four states of one or two channels; the lanes of a warp are four
-// such fours of states by eight channels. In a chunk all threads first compute dt, dt u and
-// Y = dy silu(z). Then pieces of four steps go backwards: their states are computed again and kept
-// in registers, the gates once more where they are needed. Sums over states are taken by shuffles;
-// those over channels by shuffles, then over the four warps, and over the blocks by a kernel of its
-// own. More than sixteen states take turns in every piece, what they carry resting in dh0 and
-// sum_A.
+// saved the states. A thread holds 32 bytes of states: four of one or two channels, or two in
+// double where they are complex; the lanes of a warp are four such groups of states by eight
+// channels. In a chunk all threads first compute dt, dt u and Y = dy silu(z). Then pieces of four
+// steps go backwards: their states are computed again and kept in registers, the gates once more
+// where they are needed. Sums over states are taken by shuffles; those over channels by shuffles,
+// then over the four warps, and over the blocks by a kernel of its own. More states than a block
+// holds take turns in every piece, what they carry resting in dh0 and sum_A.
 #include <stdexcept>
 
 #include "cuda/launch.h"
@@ -19,17 +19,29 @@ namespace selective_scan_detail {
 constexpr int kPiece = 4, kPieces = kChunk / kPiece;
 constexpr int kWarps = kThreads / 32;
 constexpr int kColumns = 8;  // channels of a warp, or pairs of them
-constexpr int kFour = kStates / 4;
-static_assert(kColumns * kFour == 32);
+constexpr int kQuads = 4;    // groups of states
+static_assert(kColumns * kQuads == 32);
 
-template <class S>
-struct Backward : Inputs<S> {
-  using Inputs<S>::Inputs;
+template <class K>
+struct Backward : Inputs<K> {
+  using S = typename K::S;
+  using T = typename K::T;
+  using Inputs<K>::Inputs;
   Array<S, 3> dy, du, ddelta, dz;
-  Array<Compute<S>, 3> dh_last, dh0;
-  const Compute<S>* saved;
-  Compute<S>*sum_A, *sum_D, *sum_BC;
+  Array<typename K::Stored, 3> dh_last, dh0;
+  const T* saved;
+  T *sum_A, *sum_D, *sum_BC;
 };
+
+// A times log2(e), where `rate` has it so in its real part alone.
+template <Plain T>
+RECURRA_FN T times_log2e(T rate) {
+  return rate;
+}
+template <class T>
+RECURRA_FN Complex<T> times_log2e(Complex<T> rate) {
+  return {rate.re, rate.im * T(1.4426950408889634)};
+}
 
 // Lane l of each Count lanes that are `apart` from one another gets the sum of their v[l] in v[0].
 template <int Count, class T>
@@ -46,26 +58,31 @@ __device__ __forceinline__ void scatter_sums(T (&v)[Count], int lane, int apart)
 }
 
 // Whole: there are 16 states; otherwise any number.
-template <class S, bool Whole>
-__global__ void __launch_bounds__(kThreads, Whole && sizeof(S) == 2 ? 3 : 2)
-    backward(const Backward<S> p) {
-  using T = Compute<S>;
-  constexpr int kEach = sizeof(T) == 4 ? 2 : 1;  // channels of a thread
+template <class K, bool Whole>
+__global__ void __launch_bounds__(kThreads, Whole && sizeof(typename K::S) == 2 ? 3 : 2)
+    backward(const Backward<K> p) {
+  using T = typename K::T;
+  using V = typename K::State;
+  constexpr int kEach = sizeof(V) == 4 ? 2 : 1;   // channels of a thread
+  constexpr int kHeld = sizeof(V) == 16 ? 2 : 4;  // states of each
+  constexpr int kStates = kQuads * kHeld;
   constexpr int kWidth = kWarps * kColumns * kEach, kShares = kThreads / kWidth;
-  constexpr int kSteps = kFour / kEach;  // whose sums over states are taken together
+  constexpr int kSteps = kQuads / kEach;  // whose sums over states are taken together
+  // Sums over channels, dB and dC in all their parts, of which a lane gets one at a time.
+  constexpr int kOfOne = K::parts * kHeld, kTimes = 2 * kOfOne / kColumns;
   RECURRA_SHARED(T, dt_rows, kChunk * kWidth);
   RECURRA_SHARED(T, in_rows, kChunk * kWidth);
   RECURRA_SHARED(T, Y_rows, kChunk * kWidth);
   RECURRA_SHARED(T, p_rows, kPiece * kWidth);
   RECURRA_SHARED(T, q_rows, kPiece * kWidth);
   RECURRA_SHARED(T, y_rows, kPiece * kWidth);
-  RECURRA_SHARED(T, B_rows, kChunk * kStates);
-  RECURRA_SHARED(T, C_rows, kChunk * kStates);
-  RECURRA_SHARED(T, sums, kPiece * kThreads);
+  RECURRA_SHARED(V, B_rows, kChunk * kStates);
+  RECURRA_SHARED(V, C_rows, kChunk * kStates);
+  RECURRA_SHARED(T, sums, kTimes * kPiece * kThreads);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int quad = lane / kColumns, column = warp * kColumns * kEach + lane % kColumns;
   const int c = thread % kWidth, share = thread / kWidth;  // in what all threads do
-  const int64_t passes = Whole ? 1 : p.passes();
+  const int64_t passes = Whole ? 1 : p.passes(kStates);
   for (int64_t task = blockIdx.x; task < p.sequences * p.blocks.count; task += gridDim.x) {
     const int64_t n = task / p.blocks.count, span = task % p.blocks.count;
     const Channels block = p.blocks.at(span);
@@ -74,47 +91,48 @@ __global__ void __launch_bounds__(kThreads, Whole && sizeof(S) == 2 ? 3 : 2)
     const bool mine = c < block.count;
     const int64_t channel = block.first + (mine ? c : 0);
     const T bias = p.bias_of(channel), skip = p.skip_of(channel);
-    const S* const from_B =
-        p.B.data + s.batch * p.B.step[0] + s.begin * p.B.step[1] + block.group * p.B.step[2];
-    const S* const from_C =
-        p.C.data + s.batch * p.C.step[0] + s.begin * p.C.step[1] + block.group * p.C.step[2];
+    const void* const from_B = p.B.rows(s.batch, s.begin, block.group);
+    const void* const from_C = p.C.rows(s.batch, s.begin, block.group);
     const auto stage_rows = [&](int64_t t0, int steps, int64_t n0) {
       for (int at = thread; at < steps * kStates; at += kThreads) {
         const int64_t t = t0 + at / kStates, state = n0 + at % kStates;
         const bool there = Whole || state < p.states;
-        B_rows[at] = there ? load(from_B + t * p.B.step[1] + state * p.B.step[3]) : T(0);
-        C_rows[at] = there ? load(from_C + t * p.C.step[1] + state * p.C.step[3]) : T(0);
+        B_rows[at] = there ? Projection<K>::value(p.B.at(from_B, t, state)) : V{};
+        C_rows[at] = there ? Projection<K>::value(p.C.at(from_C, t, state)) : V{};
       }
     };
 
-    // A times log2(e), the cotangent of the state, and dA; of channel k and state i.
-    T A[kEach][kFour], carry[kEach][kFour], dA[kEach][kFour];
+    // A as the gate takes it, the cotangent of the state, and dA; of channel k and state i.
+    V A[kEach][kHeld], carry[kEach][kHeld], dA[kEach][kHeld];
     const auto has = [&](int64_t state, int k) {
       return column + k * kColumns < block.count && (Whole || state < p.states);
+    };
+    const auto sum_A_at = [&](int64_t d, int64_t state) {
+      return p.sum_A + (n * K::parts * p.states + state) * p.channels + d;
     };
     const auto load_states = [&](int64_t n0, bool first) {
 #pragma unroll
       for (int k = 0; k < kEach; ++k)
 #pragma unroll
-        for (int i = 0; i < kFour; ++i) {
-          const int64_t state = n0 + quad * kFour + i, d = block.first + column + k * kColumns;
-          const Array<T, 3>& source = first ? p.dh_last : p.dh0;
-          A[k][i] = carry[k][i] = dA[k][i] = T(0);
+        for (int i = 0; i < kHeld; ++i) {
+          const int64_t state = n0 + quad * kHeld + i, d = block.first + column + k * kColumns;
+          const Array<typename K::Stored, 3>& source = first ? p.dh_last : p.dh0;
+          A[k][i] = carry[k][i] = dA[k][i] = V{};
           if (!has(state, k)) continue;
-          A[k][i] = p.A.at(d, state) * T(1.4426950408889634);
-          if (source.data) carry[k][i] = *source.at(n, d, state);
-          if (!first) dA[k][i] = p.sum_A[(n * p.states + state) * p.channels + d];
+          A[k][i] = p.rate(d, state);
+          if (source.data) carry[k][i] = load(source.at(n, d, state));
+          if (!first) dA[k][i] = K::load(sum_A_at(d, state), p.states * p.channels);
         }
     };
     const auto store_states = [&](int64_t n0) {
 #pragma unroll
       for (int k = 0; k < kEach; ++k)
 #pragma unroll
-        for (int i = 0; i < kFour; ++i) {
-          const int64_t state = n0 + quad * kFour + i, d = block.first + column + k * kColumns;
+        for (int i = 0; i < kHeld; ++i) {
+          const int64_t state = n0 + quad * kHeld + i, d = block.first + column + k * kColumns;
           if (!has(state, k)) continue;
-          *p.dh0.at(n, d, state) = carry[k][i];
-          p.sum_A[(n * p.states + state) * p.channels + d] = dA[k][i];
+          store(p.dh0.at(n, d, state), carry[k][i]);
+          K::store(sum_A_at(d, state), p.states * p.channels, dA[k][i]);
         }
     };
     for (int64_t pass = 0; pass < passes; ++pass) {
@@ -122,19 +140,19 @@ __global__ void __launch_bounds__(kThreads, Whole && sizeof(S) == 2 ? 3 : 2)
       if (passes > 1) store_states(pass * kStates);
     }
 
-    T h[kEach][kFour];
+    V h[kEach][kHeld];
     // h after a step of the chunk, from h before it.
     const auto advance = [&](int t, int64_t n0) {
-      T b[kFour];
+      V b[kHeld];
 #pragma unroll
-      for (int i = 0; i < kFour; ++i) b[i] = B_rows[t * kStates + quad * kFour + i];
+      for (int i = 0; i < kHeld; ++i) b[i] = B_rows[t * kStates + quad * kHeld + i];
 #pragma unroll
       for (int k = 0; k < kEach; ++k) {
         const int at = t * kWidth + column + k * kColumns;
         const T dt = dt_rows[at], in = in_rows[at];
 #pragma unroll
-        for (int i = 0; i < kFour; ++i)
-          if (Whole || n0 + quad * kFour + i < p.states)
+        for (int i = 0; i < kHeld; ++i)
+          if (Whole || n0 + quad * kHeld + i < p.states)
             h[k][i] = fma(gate(A[k][i] * dt), h[k][i], b[i] * in);
       }
     };
@@ -157,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, Whole && sizeof(S) == 2 ? 3 : 2)
       }
       if (passes == 1) stage_rows(t0, steps, 0);
       __syncthreads();
-      T starts[kPieces][kEach][kFour];  // the states before each piece, of a single pass
+      V starts[kPieces][kEach][kHeld];  // the states before each piece, of a single pass
       const int last = (steps - 1) / kPiece;
       for (int piece = last; piece >= 0; --piece) {
         const int first = piece * kPiece, count = steps - first < kPiece ? steps - first : kPiece;
@@ -172,70 +190,80 @@ __global__ void __launch_bounds__(kThreads, Whole && sizeof(S) == 2 ? 3 : 2)
 #pragma unroll
             for (int k = 0; k < kEach; ++k)
 #pragma unroll
-              for (int i = 0; i < kFour; ++i) h[k][i] = starts[piece][k][i];
+              for (int i = 0; i < kHeld; ++i) h[k][i] = starts[piece][k][i];
           } else {
 #pragma unroll
             for (int k = 0; k < kEach; ++k)
 #pragma unroll
-              for (int i = 0; i < kFour; ++i) {
-                const int64_t state = n0 + quad * kFour + i;
-                const T* const row =
-                    p.saved + (p.saved_row(n, s, t0) * p.states + state) * p.blocks.padded;
-                h[k][i] = has(state, k) ? row[block.lane + column + k * kColumns] : T(0);
+              for (int i = 0; i < kHeld; ++i) {
+                const int64_t state = n0 + quad * kHeld + i;
+                const int64_t row = p.saved_row(n, s, t0) * K::parts * p.states + state;
+                const T* const from = p.saved + row * p.blocks.padded;
+                h[k][i] = has(state, k) ? K::load(from + block.lane + column + k * kColumns,
+                                                  p.states * p.blocks.padded)
+                                        : V{};
               }
             for (int before = 0; before < piece; ++before) {
 #pragma unroll
               for (int k = 0; k < kEach; ++k)
 #pragma unroll
-                for (int i = 0; i < kFour; ++i) starts[before][k][i] = h[k][i];
+                for (int i = 0; i < kHeld; ++i) starts[before][k][i] = h[k][i];
 #pragma unroll 4
               for (int t = 0; t < kPiece; ++t) advance(before * kPiece + t, n0);
             }
           }
-          T held[kPiece][kEach][kFour];  // the states before each step
+          V held[kPiece][kEach][kHeld];  // the states before each step
 #pragma unroll
           for (int t = 0; t < kPiece; ++t) {
             if (t >= count) break;
 #pragma unroll
             for (int k = 0; k < kEach; ++k)
 #pragma unroll
-              for (int i = 0; i < kFour; ++i) held[t][k][i] = h[k][i];
+              for (int i = 0; i < kHeld; ++i) held[t][k][i] = h[k][i];
             advance(first + t, n0);
           }
 #pragma unroll
           for (int end = kPiece; end > 0; end -= kSteps) {
-            T sum_p[kFour], sum_q[kFour], sum_y[kFour];
+            T sum_p[kQuads], sum_q[kQuads], sum_y[kQuads];
 #pragma unroll
-            for (int i = 0; i < kFour; ++i) sum_p[i] = sum_q[i] = sum_y[i] = T(0);
+            for (int i = 0; i < kQuads; ++i) sum_p[i] = sum_q[i] = sum_y[i] = T(0);
 #pragma unroll
             for (int r = 0; r < kSteps; ++r) {
-              const int t = end - 1 - r, row = (first + t) * kStates + quad * kFour;
+              const int t = end - 1 - r, row = (first + t) * kStates + quad * kHeld;
               if (t >= count) continue;
-              T of_channels[2 * kFour];  // four of dB, four of dC
-#pragma unroll
-              for (int i = 0; i < 2 * kFour; ++i) of_channels[i] = T(0);
+              V dB[kHeld] = {}, dC[kHeld] = {};
 #pragma unroll
               for (int k = 0; k < kEach; ++k) {
                 const int at = (first + t) * kWidth + column + k * kColumns, sum = r * kEach + k;
-                const T dt = dt_rows[at], in = in_rows[at], Y = Y_rows[at];
+                const T dt = dt_rows[at], in = in_rows[at], Y = Y_rows[at] * T(K::f);
 #pragma unroll
-                for (int i = 0; i < kFour; ++i) {
-                  if (!Whole && n0 + quad * kFour + i >= p.states) break;
-                  const T b = B_rows[row + i], weight = C_rows[row + i];
-                  of_channels[kFour + i] = fma(h[k][i], Y, of_channels[kFour + i]);
-                  sum_y[sum] = fma(weight, h[k][i], sum_y[sum]);
-                  const T g = fma(weight, Y, carry[k][i]);
-                  of_channels[i] = fma(g, in, of_channels[i]);
-                  sum_p[sum] = fma(g, b, sum_p[sum]);
-                  carry[k][i] = gate(A[k][i] * dt) * g;
-                  const T turned = carry[k][i] * held[t][k][i];
-                  sum_q[sum] = fma(A[k][i], turned, sum_q[sum]);
+                for (int i = 0; i < kHeld; ++i) {
+                  if (!Whole && n0 + quad * kHeld + i >= p.states) break;
+                  const V b = B_rows[row + i], weight = C_rows[row + i];
+                  dC[i] = fma(conj(h[k][i]), Y, dC[i]);
+                  sum_y[sum] = add_real(weight, h[k][i], sum_y[sum]);
+                  const V g = fma(conj(weight), Y, carry[k][i]);
+                  dB[i] = fma(g, in, dB[i]);
+                  sum_p[sum] = add_real(g, conj(b), sum_p[sum]);
+                  carry[k][i] = conj(gate(A[k][i] * dt)) * g;
+                  const V turned = carry[k][i] * conj(held[t][k][i]);
+                  sum_q[sum] = add_real(conj(times_log2e(A[k][i])), turned, sum_q[sum]);
                   dA[k][i] = fma(turned, dt, dA[k][i]);
                   h[k][i] = held[t][k][i];
                 }
               }
-              scatter_sums(of_channels, lane, 1);
-              sums[t * kThreads + thread] = of_channels[0];
+#pragma unroll
+              for (int time = 0; time < kTimes; ++time) {
+                T of_channels[kColumns];
+#pragma unroll
+                for (int i = 0; i < kColumns; ++i) {
+                  const int at = time * kColumns + i;
+                  const V of = at < kOfOne ? dB[at % kHeld] : dC[at % kHeld];
+                  of_channels[i] = K::part(of, at / kHeld % K::parts);
+                }
+                scatter_sums(of_channels, lane, 1);
+                sums[(t * kTimes + time) * kThreads + thread] = of_channels[0];
+              }
             }
             scatter_sums(sum_p, lane, kColumns);
             scatter_sums(sum_q, lane, kColumns);
@@ -252,16 +280,18 @@ __global__ void __launch_bounds__(kThreads, Whole && sizeof(S) == 2 ? 3 : 2)
           }
           if (passes > 1) store_states(n0);
           __syncthreads();
-          for (int at = thread; at < count * 32; at += kThreads) {
-            const int t = at / 32, from = at % 32, which = from % kColumns / kFour;
-            const int64_t state = n0 + from / kColumns * kFour + from % kFour;
+          for (int at = thread; at < count * kTimes * 32; at += kThreads) {
+            const int from = at % 32, row = at / 32, t = row / kTimes;
+            const int sum_of = row % kTimes * kColumns + from % kColumns;
+            const int which = sum_of / kOfOne, part = sum_of / kHeld % K::parts;
+            const int64_t state = n0 + from / kColumns * kHeld + sum_of % kHeld;
             if (!Whole && state >= p.states) continue;
             T sum = T(0);
 #pragma unroll
-            for (int w = 0; w < kWarps; ++w) sum = sum + sums[t * kThreads + w * 32 + from];
+            for (int w = 0; w < kWarps; ++w) sum = sum + sums[row * kThreads + w * 32 + from];
             const int64_t time = s.batch * p.time + s.begin + t0 + first + t;
-            const int64_t row = (which * p.blocks.count + span) * p.u_rows + time;
-            p.sum_BC[row * p.states + state] = sum;
+            const int64_t step = (which * p.blocks.count + span) * p.u_rows + time;
+            p.sum_BC[(step * K::parts + part) * p.states + state] = sum;
           }
         }
 #pragma unroll
@@ -281,7 +311,7 @@ __global__ void __launch_bounds__(kThreads, Whole && sizeof(S) == 2 ? 3 : 2)
           store(p.ddelta.at(s.batch, time, channel), d);
           if (p.z.data) {
             const T dy = p.dy.data ? load(p.dy.at(s.batch, time, channel)) : T(0);
-            const T y = p.D.data ? x * skip + y_rows[t * kWidth + c] : T(y_rows[t * kWidth + c]);
+            const T y = fma(T(y_rows[t * kWidth + c]), T(K::f), p.D.data ? x * skip : T(0));
             store(p.dz.at(s.batch, time, channel),
                   dy * y * silu_slope(load(p.z.at(s.batch, time, channel))).slope);
           }
@@ -305,21 +335,22 @@ __global__ void __launch_bounds__(kThreads, Whole && sizeof(S) == 2 ? 3 : 2)
   }
 }
 
-// dB or dC: the sums of its group's blocks, in order.
+// dB or dC, or a part of it: the sums of its group's blocks, in order.
 template <class S>
 struct Finish {
   Array<S, 4> to;
   const Compute<S>* from;
-  int64_t time, steps, groups, states, blocks;  // of a group
+  int64_t row;                                  // numbers of a step, of which `states` are added up
+  int64_t time, steps, groups, states, blocks;  // blocks of a group
 };
 template <class S>
 __global__ void __launch_bounds__(kThreads) over_blocks(const Finish<S> p) {
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
   int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   for (; i < p.steps * p.groups * p.states; i += threads) {
-    const int64_t state = i % p.states, row = i / p.states, g = row % p.groups;
-    const int64_t step = row / p.groups, apart = p.steps * p.states;
-    const Compute<S>* const from = p.from + g * p.blocks * apart + step * p.states + state;
+    const int64_t state = i % p.states, group_step = i / p.states, g = group_step % p.groups;
+    const int64_t step = group_step / p.groups, apart = p.steps * p.row;
+    const Compute<S>* const from = p.from + g * p.blocks * apart + step * p.row + state;
     Compute<S> sum = Compute<S>(0);
 #pragma unroll 4
     for (int64_t block = 0; block < p.blocks; ++block) sum = sum + from[block * apart];
@@ -330,10 +361,12 @@ __global__ void __launch_bounds__(kThreads) over_blocks(const Finish<S> p) {
 }
 
 template <class S>
-void finish(const Blocks& blocks, const View<4>& to, const Compute<S>* from, const Stream& stream) {
+void finish(const Blocks& blocks, const View<4>& to, const Compute<S>* from, int64_t row,
+            const Stream& stream) {
   Finish<S> p;
   p.to = Array<S, 4>(to);
   p.from = from;
+  p.row = row;
   p.time = to.size[1];
   p.steps = to.size[0] * to.size[1];
   p.groups = to.size[2];
@@ -345,35 +378,45 @@ void finish(const Blocks& blocks, const View<4>& to, const Compute<S>* from, con
   RECURRA_LAUNCH(selective_scan_over_blocks, blocks_for(count, kThreads), kThreads, stream, p);
 }
 
-template <class S>
+template <class K>
 void launch_backward(const SelectiveScanBackward& args, const Indices& cu_seqlens,
                      const Stream& stream) {
-  using T = Compute<S>;
-  Backward<S> p(args, cu_seqlens, backward_channels(args.u.dtype));
+  using S = typename K::S;
+  using T = typename K::T;
+  using Stored = typename K::Stored;
+  Backward<K> p(args, cu_seqlens, backward_channels(args.u.dtype, args.complex));
   p.dy = Array<S, 3>(args.dy);
   p.du = Array<S, 3>(args.du);
   p.ddelta = Array<S, 3>(args.ddelta);
   p.dz = Array<S, 3>(args.dz);
-  p.dh_last = Array<T, 3>(args.dh_last);
-  p.dh0 = Array<T, 3>(args.dh0);
+  p.dh_last = Array<Stored, 3>(args.dh_last);
+  p.dh0 = Array<Stored, 3>(args.dh0);
   p.saved = static_cast<const T*>(args.saved);
   p.sum_A = static_cast<T*>(args.sum_A);
   p.sum_D = static_cast<T*>(args.sum_D);
   p.sum_BC = static_cast<T*>(args.sum_BC);
   const int64_t tasks = p.sequences * p.blocks.count;
-  const bool whole = p.states == kStates;
   if (tasks > 0) {
-    const auto selective_scan_backward = whole ? backward<S, true> : backward<S, false>;
+    auto selective_scan_backward = backward<K, false>;
+    if constexpr (K::parts == 1)
+      if (p.states == 16) selective_scan_backward = backward<K, true>;
     RECURRA_LAUNCH(selective_scan_backward, blocks_for(tasks, 1), kThreads, stream, p);
   }
-  finish<S>(p.blocks, args.dB, p.sum_BC, stream);
-  finish<S>(p.blocks, args.dC, p.sum_BC + p.blocks.count * p.u_rows * p.states, stream);
+  const T* from = p.sum_BC;
+  for (const View<4>* to : {&args.dB, &args.dC}) {
+    for (int i = 0; i < K::parts; ++i)
+      if (!is_complex(to->dtype))
+        finish<S>(p.blocks, part(*to, i), from + i * p.states, args.rows(), stream);
+      else
+        finish<T>(p.blocks, part(*to, i), from + i * p.states, args.rows(), stream);
+    from += p.blocks.count * p.u_rows * args.rows();
+  }
   const bool wide = computes_in_double(args.u.dtype);
-  const View<2>& dA = args.dA;
+  const View<2> dA = part(args.dA, 0);  // its parts follow one another
   add_up({{dA.data,
            dA.dtype,
-           {1, dA.size[1], dA.size[0], 1, 1},
-           {0, dA.stride[1], dA.stride[0], 0, 0}},
+           {1, K::parts, dA.size[1], dA.size[0], 1},
+           {0, 1, dA.stride[1], dA.stride[0], 0}},
           p.sum_A,
           wide,
           p.sequences},
@@ -395,8 +438,8 @@ using namespace selective_scan_detail;
 
 void selective_scan_backward(const SelectiveScanBackward& args, const Indices& cu_seqlens,
                              const Stream& stream) {
-  with_storage(args.u.dtype, "selective_scan: no CUDA kernel for this dtype",
-               [&](auto s) { launch_backward<decltype(s)>(args, cu_seqlens, stream); });
+  with_states(args, "selective_scan: no CUDA kernel for this dtype",
+              [&](auto k) { launch_backward<decltype(k)>(args, cu_seqlens, stream); });
 }
 
 }  // namespace recurra::cuda

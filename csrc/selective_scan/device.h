@@ -1,8 +1,9 @@
-// What the CUDA kernels of selective_scan share: their inputs and the channels of a block.
+// What the CUDA kernels of selective_scan share: the numbers that states are, their inputs and the
+// channels of a block.
 #pragma once
 #include <stdexcept>
 
-#include "cuda/storage.h"
+#include "cuda/complex.h"
 #include "math/functions.h"
 #include "selective_scan/selective_scan.h"
 
@@ -10,33 +11,79 @@ namespace recurra::cuda {
 namespace selective_scan_detail {
 
 constexpr int kThreads = 128;
-constexpr int kStates = 16;  // states of a channel that a block holds at a time
 constexpr int kChunk = static_cast<int>(kScanChunk);
 
-// A parameter, (D) or (D, N), in the storage type of the activations or in float.
-template <class S>
-struct Parameter {
-  const void* data = nullptr;
-  int64_t step[2] = {};
-  bool plain = false;  // float
+// The number of a state beside activations of storage S, real or complex as A is, with the types of
+// tensors of states and of A. In rows of T its parts are `apart` elements from each other.
+template <class S_>
+struct Real {
+  using S = S_;
+  using T = Compute<S>;
+  using State = T;
+  using Stored = T;
+  using Rates = Parameters<S, 2>;
+  static constexpr int parts = 1, f = 1;  // f: before the readout
+  static constexpr int readout = 8;  // states whose products with C are summed before they join y
+  static RECURRA_FN State load(const T* p, int64_t) { return *p; }
+  static RECURRA_FN void store(T* p, int64_t, State s) { *p = s; }
+  static RECURRA_FN T part(State s, int) { return s; }
+};
 
-  Parameter() = default;
-  template <int N>
-  explicit Parameter(const View<N>& v) : data(v.data), plain(v.dtype == DType::f32) {
-    for (int n = 0; n < N; ++n) step[n] = v.step(n);
+template <class S_>
+struct Cplx {
+  using S = S_;
+  using T = Compute<S>;
+  using State = Complex<T>;
+  using Stored = Pair<T>;
+  using Rates = Array<Stored, 2>;
+  static constexpr int parts = 2, f = 2;
+  static constexpr int readout = 1;
+  static RECURRA_FN State load(const T* p, int64_t apart) { return {p[0], p[apart]}; }
+  static RECURRA_FN void store(T* p, int64_t apart, State s) { p[0] = s.re, p[apart] = s.im; }
+  static RECURRA_FN T part(State s, int i) { return i == 0 ? s.re : s.im; }
+};
+
+// B or C: where states are complex it may be too.
+template <class K>
+struct Projection {
+  using S = typename K::S;
+  using State = typename K::State;
+  using Stored = typename K::Stored;
+  // As it is read ahead.
+  using Raw = typename Either<K::parts == 1, S, State>::type;
+
+  const void* data = nullptr;
+  int64_t step[4] = {};
+  bool complex = false;
+
+  explicit Projection(const View<4>& v) : data(v.data), complex(is_complex(v.dtype)) {
+    for (int n = 0; n < 4; ++n) step[n] = v.step(n);
   }
-  RECURRA_FN Compute<S> at(int64_t i, int64_t j = 0) const {
-    const int64_t n = i * step[0] + j * step[1];
-    return plain ? static_cast<Compute<S>>(static_cast<const float*>(data)[n])
-                 : load(static_cast<const S*>(data) + n);
+  // Where the rows of a group begin at a step, and a number from there: strides stay parameters of
+  // the kernel, for which there are no registers.
+  RECURRA_FN const void* rows(int64_t batch, int64_t t, int64_t group) const {
+    return element(data, batch * step[0] + t * step[1] + group * step[2]);
   }
-  RECURRA_FN void put(int64_t i, int64_t j, Compute<S> value) const {
-    const int64_t n = i * step[0] + j * step[1];
-    void* const to = const_cast<void*>(data);
-    if (plain)
-      static_cast<float*>(to)[n] = static_cast<float>(value);
+  RECURRA_FN Raw at(const void* rows, int64_t t, int64_t state) const {
+    const void* const from = element(rows, t * step[1] + state * step[3]);
+    if constexpr (K::parts == 1)
+      return *static_cast<const S*>(from);
+    else if (complex)
+      return load(static_cast<const Stored*>(from));
     else
-      store(static_cast<S*>(to) + n, value);
+      return {load(static_cast<const S*>(from)), 0};
+  }
+  static RECURRA_FN State value(const Raw& raw) {
+    if constexpr (K::parts == 1)
+      return load(&raw);
+    else
+      return raw;
+  }
+
+ private:
+  RECURRA_FN const void* element(const void* from, int64_t offset) const {
+    if (K::parts > 1 && complex) return static_cast<const Stored*>(from) + offset;
+    return static_cast<const S*>(from) + offset;
   }
 };
 
@@ -66,11 +113,15 @@ struct Blocks {
   }
 };
 
-template <class S>
+template <class K>
 struct Inputs {
+  using S = typename K::S;
+  using T = typename K::T;
+
   Array<S, 3> u, delta, z;
-  Array<S, 4> B, C;
-  Parameter<S> A, D, bias;
+  Projection<K> B, C;
+  typename K::Rates A;
+  Parameters<S, 1> D, bias;
   Integers cu_seqlens;
   Blocks blocks;
   int64_t sequences, time, u_rows, channels, states;  // u_rows: B T
@@ -94,12 +145,20 @@ struct Inputs {
         states(args.states()),
         softplus(args.delta_softplus) {}
 
-  // Sixteen states at a time; one pass that does nothing where there are none.
-  RECURRA_FN int64_t passes() const {
-    return states > kStates ? (states + kStates - 1) / kStates : 1;
+  // A of a channel, as `gate` takes it.
+  RECURRA_FN typename K::State rate(int64_t c, int64_t state) const {
+    const T log2e = T(1.4426950408889634);
+    if constexpr (K::parts == 1)
+      return A.at(c, state) * log2e;
+    else
+      return scaled(load(A.at(c, state)), log2e);
   }
-  RECURRA_FN Compute<S> bias_of(int64_t c) const { return bias.data ? bias.at(c) : Compute<S>(0); }
-  RECURRA_FN Compute<S> skip_of(int64_t c) const { return D.data ? D.at(c) : Compute<S>(0); }
+  // Some states at a time; one pass that does nothing where there are none.
+  RECURRA_FN int64_t passes(int64_t together) const {
+    return states > together ? (states + together - 1) / together : 1;
+  }
+  RECURRA_FN T bias_of(int64_t c) const { return bias.data ? bias.at(c) : T(0); }
+  RECURRA_FN T skip_of(int64_t c) const { return D.data ? D.at(c) : T(0); }
   // The row of the states saved before step t of a sequence, as Sequences::chunk_row has it.
   RECURRA_FN int64_t saved_row(int64_t n, const Extent& s, int64_t t) const {
     const int64_t before =
@@ -108,14 +167,18 @@ struct Inputs {
   }
 };
 
-// Calls f with a value of the storage type.
+// f(K()) for the storage of the activations and what states are.
 template <class F>
-void with_storage(DType dtype, const char* failure, F f) {
-  switch (dtype) {
-    case DType::f32: return f(float{});
-    case DType::f64: return f(double{});
-    case DType::bf16: return f(BFloat16{});
-    case DType::f16: return f(Half{});
+void with_states(const SelectiveScanInputs& args, const char* failure, F f) {
+  const auto either = [&](auto s) {
+    using S = decltype(s);
+    args.complex ? f(Cplx<S>{}) : f(Real<S>{});
+  };
+  switch (args.u.dtype) {
+    case DType::f32: return either(float{});
+    case DType::f64: return either(double{});
+    case DType::bf16: return either(BFloat16{});
+    case DType::f16: return either(Half{});
     default: throw std::runtime_error(failure);
   }
 }
@@ -132,6 +195,12 @@ RECURRA_FN float gate(float x) {
 #endif
 }
 RECURRA_FN double gate(double x) { return exp2_fast(x); }
+template <class T>
+RECURRA_FN Complex<T> gate(Complex<T> x) {
+  const T size = gate(x.re);
+  const SinCos<T> turn = sincos(x.im);
+  return {size * turn.cos, size * turn.sin};
+}
 
 // exp(-|x|) with its bits in fewer instructions, where nothing underflows: there scaling by 2^n is
 // one product, and rounding to an integer an addition.

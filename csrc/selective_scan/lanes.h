@@ -31,18 +31,6 @@ struct StateRows {
   T x[2][kScanChunk * kStates] __attribute__((aligned(64)));
 };
 
-// The real or imaginary numbers of a view that may be complex; nothing for the imaginary part of
-// a real one.
-template <int N>
-RECURRA_INLINE View<N> part(const View<N>& v, int i) {
-  if (!v || !is_complex(v.dtype)) return i == 0 ? v : View<N>();
-  View<N> p = v;
-  p.dtype = v.dtype == DType::c128 ? DType::f64 : DType::f32;
-  p.data = static_cast<char*>(v.data) + i * item_size(p.dtype);
-  for (int n = 0; n < N; ++n) p.stride[n] *= 2;
-  return p;
-}
-
 // The number of a state, real or complex, for one vector of channels. In memory its parts are
 // `apart` elements from each other.
 template <class T>

@@ -1,8 +1,9 @@
 // A block walks 64 channels of one sequence in pieces of 16 steps: all threads first compute dt and
 // dt u of the piece, then each runs eight states of one channel through it, in registers, and at
-// last all threads add up, gate and store y. What the next piece needs is read meanwhile. More than
-// sixteen states take turns, their values resting in h_last. Sums have the order of the CPU's, but
-// for a number of states that eight does not divide.
+// last all threads add up, gate and store y. What the next piece needs is read meanwhile. Complex
+// states are two numbers, so there all of this is halved. More than sixteen states take turns,
+// their values resting in h_last. Sums have the order of the CPU's, but for a number of real states
+// that eight does not divide.
 #include <stdexcept>
 
 #include "cuda/launch.h"
@@ -13,30 +14,37 @@
 namespace recurra::cuda {
 namespace selective_scan_detail {
 
-constexpr int kChannels = 64;
-constexpr int kSteps = 16;                          // of a piece, which divide kScanChunk
-constexpr int kTogether = 8;                        // states of a thread
-constexpr int kShares = kThreads / kChannels;       // threads of a channel
-constexpr int kItems = kSteps / kShares;            // steps of a thread in what all do
-constexpr int kRows = kSteps * kStates / kThreads;  // numbers of B, and of C, of a thread
-static_assert(kShares * kTogether == kStates && kScanChunk % kSteps == 0);
+constexpr int kStates = 16;  // of a channel that a block holds at a time
 
-template <class S>
-struct Forward : Inputs<S> {
-  using Inputs<S>::Inputs;
-  Array<Compute<S>, 3> h0, h_last;
-  Array<S, 3> y;
-  Compute<S>* saved;
+// How the threads of a block share its work out.
+template <class K>
+struct Tile {
+  static constexpr int together = 8 / K::parts;            // states of a thread
+  static constexpr int shares = kStates / together;        // threads of a channel
+  static constexpr int channels = kThreads / shares;       // of a block
+  static constexpr int steps = 16 / K::parts;              // of a piece, which divide kScanChunk
+  static constexpr int items = steps / shares;             // steps of a thread in what all do
+  static constexpr int rows = steps * kStates / kThreads;  // numbers of B, and of C, of a thread
+  static constexpr int sums = kStates / K::readout;        // that join y
+  static_assert(together % K::readout == 0 && kScanChunk % steps == 0);
+};
+
+template <class K>
+struct Forward : Inputs<K> {
+  using Inputs<K>::Inputs;
+  Array<typename K::Stored, 3> h0, h_last;
+  Array<typename K::S, 3> y;
+  typename K::T* saved;
   Integers slots;
   int64_t slot_count;
 };
 
 // The steps from t0 on that this thread reads, zeros past the end.
-template <class S>
+template <int kShares, int N, class S>
 __device__ __forceinline__ void fetch(const S* from, int64_t step, int64_t t0, int64_t length,
-                                      S (&to)[kItems]) {
+                                      S (&to)[N]) {
 #pragma unroll
-  for (int i = 0; i < kItems; ++i) {
+  for (int i = 0; i < N; ++i) {
     const int64_t t = t0 + i * kShares;
     to[i] = t < length ? from[t * step] : S{};
   }
@@ -48,24 +56,30 @@ RECURRA_FN float output_gate(float z) {
 }
 RECURRA_FN double output_gate(double z) { return silu(z); }
 
-template <class S>
+template <class K>
 struct SharedRows {
-  S B[kRows], C[kRows];
+  typename Projection<K>::Raw B[Tile<K>::rows], C[Tile<K>::rows];
 };
 
 // Whole: the number of states is a multiple of 16.
-template <class S, bool Whole>
-__global__ void __launch_bounds__(kThreads, sizeof(Compute<S>) == 4 ? 4 : 2)
-    forward(const Forward<S> p) {
-  using T = Compute<S>;
+template <class K, bool Whole>
+__global__ void __launch_bounds__(kThreads, sizeof(typename K::T) == 4 ? 4 : 2)
+    forward(const Forward<K> p) {
+  using S = typename K::S;
+  using T = typename K::T;
+  using V = typename K::State;
+  using Raw = typename Projection<K>::Raw;
+  constexpr int kTogether = Tile<K>::together, kShares = Tile<K>::shares, kItems = Tile<K>::items;
+  constexpr int kChannels = Tile<K>::channels, kSteps = Tile<K>::steps, kRows = Tile<K>::rows;
+  constexpr int kSums = Tile<K>::sums;
   RECURRA_SHARED(T, dt_rows, kSteps * kChannels);
   RECURRA_SHARED(T, in_rows, kSteps * kChannels);
-  RECURRA_SHARED(T, sums, kShares * kSteps * kChannels);
-  RECURRA_SHARED(T, B_rows, kSteps * kStates);
-  RECURRA_SHARED(T, C_rows, kSteps * kStates);
+  RECURRA_SHARED(T, sums, kSums * kSteps * kChannels);
+  RECURRA_SHARED(V, B_rows, kSteps * kStates);
+  RECURRA_SHARED(V, C_rows, kSteps * kStates);
   const int thread = static_cast<int>(threadIdx.x), c = thread % kChannels,
             share = thread / kChannels;
-  const int64_t passes = p.passes();
+  const int64_t passes = p.passes(kStates);
   for (int64_t task = blockIdx.x; task < p.sequences * p.blocks.count; task += gridDim.x) {
     const int64_t n = task / p.blocks.count;
     const Channels block = p.blocks.at(task % p.blocks.count);
@@ -83,29 +97,27 @@ __global__ void __launch_bounds__(kThreads, sizeof(Compute<S>) == 4 ? 4 : 2)
     const S* const from_u = p.u.at(s.batch, s.begin + share, channel);
     const S* const from_delta = p.delta.at(s.batch, s.begin + share, channel);
     const S* const from_z = p.z.at(s.batch, s.begin + share, channel);
-    const S* const from_B =
-        p.B.data + s.batch * p.B.step[0] + s.begin * p.B.step[1] + block.group * p.B.step[2];
-    const S* const from_C =
-        p.C.data + s.batch * p.C.step[0] + s.begin * p.C.step[1] + block.group * p.C.step[2];
+    const void* const from_B = p.B.rows(s.batch, s.begin, block.group);
+    const void* const from_C = p.C.rows(s.batch, s.begin, block.group);
     const auto fetch_rows = [&](int64_t t0, int64_t n0) {
-      SharedRows<S> rows;
+      SharedRows<K> rows;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const int at = i * kThreads + thread;
         const int64_t t = t0 + at / kStates, state = n0 + at % kStates;
         const bool there = t < length && (Whole || state < p.states);
-        rows.B[i] = there ? from_B[t * p.B.step[1] + state * p.B.step[3]] : S{};
-        rows.C[i] = there ? from_C[t * p.C.step[1] + state * p.C.step[3]] : S{};
+        rows.B[i] = there ? p.B.at(from_B, t, state) : Raw{};
+        rows.C[i] = there ? p.C.at(from_C, t, state) : Raw{};
       }
       return rows;
     };
     const T bias = p.bias_of(channel), skip = p.skip_of(channel);
-    T h[kTogether], A[kTogether];
+    V h[kTogether], A[kTogether];
     S u[kItems], delta[kItems], z[kItems] = {};
     const int64_t later = length - share;  // of the pointers that start at `share`
-    fetch(from_u, p.u.step[1], 0, later, u);
-    fetch(from_delta, p.delta.step[1], 0, later, delta);
-    SharedRows<S> rows = fetch_rows(0, 0);
+    fetch<kShares>(from_u, p.u.step[1], 0, later, u);
+    fetch<kShares>(from_delta, p.delta.step[1], 0, later, delta);
+    SharedRows<K> rows = fetch_rows(0, 0);
 
     // Without a step there is one piece still, which copies the state.
     for (int64_t t0 = 0; t0 == 0 || t0 < length; t0 += kSteps) {
@@ -121,62 +133,67 @@ __global__ void __launch_bounds__(kThreads, sizeof(Compute<S>) == 4 ? 4 : 2)
         in_rows[at] = d * x;
         y[i] = p.D.data ? x * skip : T(0);
       }
-      if (p.z.data) fetch(from_z, p.z.step[1], t0, later, z);
-      fetch(from_u, p.u.step[1], t0 + kSteps, later, u);
-      fetch(from_delta, p.delta.step[1], t0 + kSteps, later, delta);
+      if (p.z.data) fetch<kShares>(from_z, p.z.step[1], t0, later, z);
+      fetch<kShares>(from_u, p.u.step[1], t0 + kSteps, later, u);
+      fetch<kShares>(from_delta, p.delta.step[1], t0 + kSteps, later, delta);
       for (int64_t pass = 0; pass < passes; ++pass) {
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-          B_rows[i * kThreads + thread] = load(&rows.B[i]);
-          C_rows[i * kThreads + thread] = load(&rows.C[i]);
+          B_rows[i * kThreads + thread] = Projection<K>::value(rows.B[i]);
+          C_rows[i * kThreads + thread] = Projection<K>::value(rows.C[i]);
         }
         rows =
             pass + 1 < passes ? fetch_rows(t0, (pass + 1) * kStates) : fetch_rows(t0 + kSteps, 0);
         const int64_t n0 = pass * kStates + share * kTogether;
         if (t0 == 0 || passes > 1) {
-          const Array<T, 3>& source = t0 == 0 ? p.h0 : p.h_last;
+          const Array<typename K::Stored, 3>& source = t0 == 0 ? p.h0 : p.h_last;
 #pragma unroll
           for (int i = 0; i < kTogether; ++i) {
             const bool there = Whole || n0 + i < p.states;
-            h[i] = there && source.data ? *source.at(slot, channel, n0 + i) : T(0);
-            A[i] = there ? p.A.at(channel, n0 + i) * T(1.4426950408889634) : T(0);
+            h[i] = there && source.data ? load(source.at(slot, channel, n0 + i)) : V{};
+            A[i] = there ? p.rate(channel, n0 + i) : V{};
           }
         }
         if (p.saved && t0 % kScanChunk == 0 && steps > 0 && mine) {
-          T* const row =
-              p.saved + (p.saved_row(n, s, t0) * p.states + n0) * p.blocks.padded + block.lane + c;
+          const int64_t apart = p.states * p.blocks.padded;
+          T* const row = p.saved + p.saved_row(n, s, t0) * K::parts * apart + n0 * p.blocks.padded +
+                         block.lane + c;
 #pragma unroll
           for (int i = 0; i < kTogether; ++i)
-            if (Whole || n0 + i < p.states) row[i * p.blocks.padded] = h[i];
+            if (Whole || n0 + i < p.states) K::store(row + i * p.blocks.padded, apart, h[i]);
         }
         __syncthreads();
 #pragma unroll 4
         for (int t = 0; t < steps; ++t) {
           const T dt = dt_rows[t * kChannels + c], in = in_rows[t * kChannels + c];
-          T sum = T(0);
 #pragma unroll
-          for (int i = 0; i < kTogether; ++i) {
-            if (!Whole && n0 + i >= p.states) break;
-            const T b = B_rows[t * kStates + share * kTogether + i];
-            const T weight = C_rows[t * kStates + share * kTogether + i];
-            h[i] = fma(gate(A[i] * dt), h[i], b * in);
-            sum = fma(weight, h[i], sum);
+          for (int first = 0; first < kTogether; first += K::readout) {
+            T sum = T(0);
+#pragma unroll
+            for (int i = first; i < first + K::readout; ++i) {
+              if (!Whole && n0 + i >= p.states) break;
+              const V b = B_rows[t * kStates + share * kTogether + i];
+              const V weight = C_rows[t * kStates + share * kTogether + i];
+              h[i] = fma(gate(A[i] * dt), h[i], b * in);
+              sum = add_real(weight, h[i], sum);
+            }
+            const int k = (share * kTogether + first) / K::readout;
+            sums[(k * kSteps + t) * kChannels + c] = sum;
           }
-          sums[(share * kSteps + t) * kChannels + c] = sum;
         }
         if ((t0 + kSteps >= length || passes > 1) && mine)
 #pragma unroll
           for (int i = 0; i < kTogether; ++i)
-            if (Whole || n0 + i < p.states) *p.h_last.at(slot, channel, n0 + i) = h[i];
+            if (Whole || n0 + i < p.states) store(p.h_last.at(slot, channel, n0 + i), h[i]);
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
           const int t = i * kShares + share;
           if (t >= steps) break;
 #pragma unroll
-          for (int k = 0; k < kShares; ++k)
-            if (Whole || pass * kStates + k * kTogether < p.states)
-              y[i] = y[i] + sums[(k * kSteps + t) * kChannels + c];
+          for (int k = 0; k < kSums; ++k)
+            if (Whole || pass * kStates + k * K::readout < p.states)
+              y[i] = fma(T(sums[(k * kSteps + t) * kChannels + c]), T(K::f), y[i]);
         }
       }
 #pragma unroll
@@ -189,20 +206,22 @@ __global__ void __launch_bounds__(kThreads, sizeof(Compute<S>) == 4 ? 4 : 2)
   }
 }
 
-template <class S>
+template <class K>
 void launch(const SelectiveScan& args, const Indices& cu_seqlens, const Indices& slots,
             const Stream& stream) {
-  Forward<S> p(args, cu_seqlens, kChannels);
-  p.h0 = Array<Compute<S>, 3>(args.h0);
-  p.h_last = Array<Compute<S>, 3>(args.h_last);
-  p.y = Array<S, 3>(args.y);
-  p.saved = static_cast<Compute<S>*>(args.saved);
+  using Stored = typename K::Stored;
+  Forward<K> p(args, cu_seqlens, Tile<K>::channels);
+  p.h0 = Array<Stored, 3>(args.h0);
+  p.h_last = Array<Stored, 3>(args.h_last);
+  p.y = Array<typename K::S, 3>(args.y);
+  p.saved = static_cast<typename K::T*>(args.saved);
   p.slots = Integers(slots);
   p.slot_count = args.h_last.size[0];
   const int64_t tasks = p.sequences * p.blocks.count;
   if (tasks == 0) return;
-  const bool whole = p.states > 0 && p.states % kStates == 0;
-  const auto selective_scan_forward = whole ? forward<S, true> : forward<S, false>;
+  auto selective_scan_forward = forward<K, false>;
+  if constexpr (K::parts == 1)
+    if (p.states > 0 && p.states % kStates == 0) selective_scan_forward = forward<K, true>;
   RECURRA_LAUNCH(selective_scan_forward, blocks_for(tasks, 1), kThreads, stream, p);
 }
 
@@ -210,13 +229,13 @@ void launch(const SelectiveScan& args, const Indices& cu_seqlens, const Indices&
 using namespace selective_scan_detail;
 
 void selective_scan(const SelectiveScan& args, const Indices& cu_seqlens, const Stream& stream) {
-  with_storage(args.u.dtype, "selective_scan: no CUDA kernel for this dtype",
-               [&](auto s) { launch<decltype(s)>(args, cu_seqlens, {}, stream); });
+  with_states(args, "selective_scan: no CUDA kernel for this dtype",
+              [&](auto k) { launch<decltype(k)>(args, cu_seqlens, {}, stream); });
 }
 
 void selective_scan_step(const SelectiveScan& args, const Indices& slots, const Stream& stream) {
-  with_storage(args.u.dtype, "selective_scan_step: no CUDA kernel for this dtype",
-               [&](auto s) { launch<decltype(s)>(args, {}, slots, stream); });
+  with_states(args, "selective_scan_step: no CUDA kernel for this dtype",
+              [&](auto k) { launch<decltype(k)>(args, {}, slots, stream); });
 }
 
 }  // namespace recurra::cuda

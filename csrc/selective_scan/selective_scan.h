@@ -58,6 +58,18 @@ struct Spans {
   }
 };
 
+// The real or imaginary numbers of a view that may be complex; nothing for the imaginary part of
+// a real one.
+template <int N>
+RECURRA_EVERYWHERE View<N> part(const View<N>& v, int i) {
+  if (!v || !is_complex(v.dtype)) return i == 0 ? v : View<N>();
+  View<N> p = v;
+  p.dtype = v.dtype == DType::c128 ? DType::f64 : DType::f32;
+  p.data = static_cast<char*>(v.data) + i * item_size(p.dtype);
+  for (int n = 0; n < N; ++n) p.stride[n] *= 2;
+  return p;
+}
+
 // What forward and backward are both given.
 struct SelectiveScanInputs {
   View<3> u, delta, z;  // (B, T, D)
@@ -110,8 +122,8 @@ RECURRA_KERNEL(selective_scan_step, SelectiveScan)
 RECURRA_KERNEL(selective_scan_backward, SelectiveScanBackward)
 
 namespace recurra::cuda {
-// On the device, for a real A. The sequences have no offsets: these are in cu_seqlens there, as
-// slots are in `slots`, a null view for none. Of the scratch only `saved` is used.
+// On the device. The sequences have no offsets: these are in cu_seqlens there, as slots are in
+// `slots`, a null view for none. Of the scratch only `saved` is used.
 
 // The rows of `saved`, which chunk_rows cannot tell where the offsets are on the device.
 inline int64_t saved_rows(const Sequences& sequences, bool packed) {
@@ -122,8 +134,10 @@ void selective_scan(const SelectiveScan& args, const Indices& cu_seqlens, const 
 void selective_scan_step(const SelectiveScan& args, const Indices& slots, const Stream& stream);
 
 // Channels of a block of the backward. Its scratch, uninitialised, in the compute type:
-//   sum_A (S, N, D), sum_D (2, S, D), sum_BC (2, blocks, B T, N)
-constexpr int64_t backward_channels(DType d) { return computes_in_double(d) ? 32 : 64; }
+//   sum_A (S, rows, D), sum_D (2, S, D), sum_BC (2, blocks, B T, rows)
+constexpr int64_t backward_channels(DType d, bool complex) {
+  return computes_in_double(d) || complex ? 32 : 64;
+}
 void selective_scan_backward(const SelectiveScanBackward& args, const Indices& cu_seqlens,
                              const Stream& stream);
 }  // namespace recurra::cuda

@@ -6,15 +6,10 @@
 namespace recurra::selective_scan_op {
 namespace {
 
-void check_real(const char* op, const Inputs& in) {
-  if (is_complex(dtype_of(in.A))) fail(op, "A must be real on a CUDA device, got complex");
-}
-
 std::tuple<Tensor, Tensor, Tensor> forward(const char* op, bool save, const Inputs& in,
                                            const OptionalTensor& h0,
                                            const OptionalTensor& cu_seqlens) {
   check_forward(op, in, h0, cu_seqlens);
-  check_real(op, in);
   const Tensor& u = in.u;
   SelectiveScan args;
   args.sequences = sequences_of(u, cu_seqlens);
@@ -23,9 +18,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, bool save, const Inpu
   const DType compute = state_dtype(dtype_of(u));
   const int64_t chunks = save ? cuda::saved_rows(args.sequences, cu_seqlens.has_value()) : 0;
   Tensor y = empty_like(u);
-  Tensor h_last = empty(u, {args.sequences.count, u.size(2), args.states()}, compute);
-  Tensor saved = save ? empty(u, {chunks, args.states(), args.spans.padded()}, compute)
-                      : scratch(u, {0, args.states(), args.spans.padded()}, compute);
+  Tensor h_last = empty(u, {args.sequences.count, u.size(2), args.states()}, lane_state_dtype(in));
+  Tensor saved = save ? empty(u, {chunks, args.rows(), args.spans.padded()}, compute)
+                      : scratch(u, {0, args.rows(), args.spans.padded()}, compute);
   args.y = view<3>(y);
   args.h_last = view<3>(h_last);
   args.saved = save ? saved.data_ptr() : nullptr;
@@ -58,19 +53,19 @@ selective_scan_backward_cuda(OptionalTensor dy, OptionalTensor dh_last, Tensor s
   constexpr const char* op = "_selective_scan_backward";
   const Inputs in{u, delta, A, B, C, D, z, delta_bias, delta_softplus};
   check_backward(op, in, dy, dh_last, h0, cu_seqlens);
-  check_real(op, in);
   const DType compute = state_dtype(dtype_of(u));
   SelectiveScanBackward args;
   args.sequences = sequences_of(u, cu_seqlens);
-  set_inputs(in, cuda::backward_channels(dtype_of(u)) / Spans::kLanes, args);
+  const int64_t width = cuda::backward_channels(dtype_of(u), is_complex(dtype_of(A)));
+  set_inputs(in, width / Spans::kLanes, args);
   args.dy = view<3>(dy);
   args.dh_last = view<3>(dh_last);
   check_saved(op, saved, cuda::saved_rows(args.sequences, cu_seqlens.has_value()), args);
-  const int64_t count = args.sequences.count, states = args.states();
+  const int64_t count = args.sequences.count, rows = args.rows();
   const Gradients out(in, h0, count);
-  Tensor sum_A = scratch(u, {count, states, u.size(2)}, compute);
+  Tensor sum_A = scratch(u, {count, rows, u.size(2)}, compute);
   Tensor sum_D = scratch(u, {2, count, u.size(2)}, compute);
-  Tensor sum_BC = scratch(u, {2, args.spans.count(), u.size(0) * u.size(1), states}, compute);
+  Tensor sum_BC = scratch(u, {2, args.spans.count(), u.size(0) * u.size(1), rows}, compute);
   out.set(in, args);
   args.saved = saved.data_ptr();
   args.sum_A = sum_A.data_ptr();
@@ -86,7 +81,6 @@ Tensor selective_scan_step_cuda(Tensor h, Tensor u, Tensor delta, Tensor A, Tens
   constexpr const char* op = "selective_scan_step";
   const Inputs in{u, delta, A, B, C, D, z, delta_bias, delta_softplus};
   check_step(op, in, h, slots);
-  check_real(op, in);
   check_states(op, u.size(0), h, slots);
   SelectiveScan args;
   args.sequences = {u.size(0), 1, nullptr};

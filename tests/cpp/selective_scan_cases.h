@@ -5,18 +5,29 @@
 
 namespace recurra::test {
 
-// The inputs of either direction; returns the number of groups.
+inline DType complex_of(DType activations) {
+  return activations == DType::f64 ? DType::c128 : DType::c64;
+}
+// Of h, beside u.
+inline DType state_dtype(const SelectiveScanInputs& in) {
+  return in.complex ? complex_of(in.u.dtype) : state_of(in.u.dtype);
+}
+
+// The inputs of either direction, of which a quarter is complex; returns the number of groups.
 inline int64_t selective_inputs(Case& c, SelectiveScanInputs& in, DType dtype, int64_t batch,
                                 int64_t time, int64_t D, int64_t N) {
   const int64_t groups = D > 0 && D % 2 == 0 && c.random.chance(30) ? 2 : 1;
+  in.complex = c.random.chance(25);
+  const auto kind = [&](DType real) { return in.complex ? complex_of(dtype) : real; };
+  const auto projection = [&] { return c.random.chance(60) ? kind(dtype) : dtype; };
   in.delta_softplus = c.random.chance(50);
   in.spans = Spans(D, groups, c.random.pick<int64_t>({1, 2, 8}));
   in.u = c.input<3>("u", dtype, {batch, time, D});
   in.delta = c.input<3>("delta", dtype, {batch, time, D}, {0, 0.5});
   if (c.random.chance(50)) in.z = c.input<3>("z", dtype, {batch, time, D});
-  in.A = c.input<2>("A", parameter(c.random, dtype), {D, N}, {-2, 0});
-  in.B = c.input<4>("B", dtype, {batch, time, groups, N});
-  in.C = c.input<4>("C", dtype, {batch, time, groups, N});
+  in.A = c.input<2>("A", kind(parameter(c.random, dtype)), {D, N}, {-2, 0});
+  in.B = c.input<4>("B", projection(), {batch, time, groups, N});
+  in.C = c.input<4>("C", projection(), {batch, time, groups, N});
   if (c.random.chance(50)) in.D = c.input<1>("D", parameter(c.random, dtype), {D});
   if (c.random.chance(50))
     in.delta_bias = c.input<1>("delta_bias", parameter(c.random, dtype), {D}, {0, 0.2});
@@ -27,10 +38,10 @@ inline int64_t selective_inputs(Case& c, SelectiveScanInputs& in, DType dtype, i
 inline double unit(DType d) {
   return d == DType::f64 ? 0x1p-52 : d == DType::f32 ? 0x1p-23 : d == DType::f16 ? 0x1p-10 : 0x1p-7;
 }
-// The emulated kernel's y where eight does not divide the number of states: those left over, at
-// most seven, are added up before they join y.
+// The emulated kernel's y where eight does not divide the number of real states: those left over,
+// at most seven, are added up before they join y.
 inline double readout_error(const SelectiveScan& args) {
-  return args.states() % 8 == 0 ? 0 : 8 * unit(args.u.dtype);
+  return args.complex || args.states() % 8 == 0 ? 0 : 8 * unit(args.u.dtype);
 }
 
 inline View<1> cu_seqlens_of(Case& c, const Sequences& sequences) {
@@ -52,13 +63,13 @@ inline void selective_scan_case(Case& c, const Shape& s) {
   args.sequences = c.sequences(s.batch, s.time);
   selective_inputs(c, args, dtype, s.batch, s.time, D, N);
   const int64_t count = args.sequences.count, padded = args.spans.padded();
-  if (c.random.chance(60)) args.h0 = c.input<3>("h0", state, {count, D, N});
+  if (c.random.chance(60)) args.h0 = c.input<3>("h0", state_dtype(args), {count, D, N});
   args.y = c.output<3>("y", dtype, {s.batch, s.time, D});
-  args.h_last = c.output<3>("h_last", state, {count, D, N});
-  args.lanes_A = c.scratch<2>("lanes_A", state, {N, padded}).data;
-  if (N > kFewStates) args.state = c.scratch<3>("state", state, {count, N, padded}).data;
+  args.h_last = c.output<3>("h_last", state_dtype(args), {count, D, N});
+  args.lanes_A = c.scratch<2>("lanes_A", state, {args.rows(), padded}).data;
+  if (N > kFewStates) args.state = c.scratch<3>("state", state, {count, args.rows(), padded}).data;
   // Lanes without a channel may hold anything.
-  const int64_t saved[] = {args.chunk_rows(), N, padded};
+  const int64_t saved[] = {args.chunk_rows(), args.rows(), padded};
   if (c.random.chance(50))
     args.saved = (padded == D ? c.output<3>("saved", state, saved, true)
                               : c.scratch<3>("saved", state, saved))
@@ -78,11 +89,11 @@ inline void selective_scan_step_case(Case& c, const Shape& s) {
     args.slots = c.integers("slots", slots(c.random, rows, states));
   args.sequences = {rows, 1, nullptr};
   selective_inputs(c, args, dtype, rows, 1, D, N);
-  args.h0 = args.h_last = c.output<3>("h", state, {states, D, N});
+  args.h0 = args.h_last = c.output<3>("h", state_dtype(args), {states, D, N});
   args.y = c.output<3>("y", dtype, {rows, 1, D});
   const int64_t padded = args.spans.padded();
-  args.lanes_A = c.scratch<2>("lanes_A", state, {N, padded}).data;
-  if (N > kFewStates) args.state = c.scratch<3>("state", state, {rows, N, padded}).data;
+  args.lanes_A = c.scratch<2>("lanes_A", state, {args.rows(), padded}).data;
+  if (N > kFewStates) args.state = c.scratch<3>("state", state, {rows, args.rows(), padded}).data;
   c.run = [args] { selective_scan_step(args); };
   View<1> slots;
   if (args.slots) slots = c.indices("slots", args.slots, rows);
@@ -112,7 +123,7 @@ inline void hostile_selective_scan_case(Case& c, const Shape& s) {
   args.sequences = {count, time, nullptr};
   selective_inputs(c, args, dtype, batch, time, D, N);
   args.y = c.output<3>("y", dtype, {batch, time, D});
-  args.h_last = c.output<3>("h_last", state, {states, D, N});
+  args.h_last = c.output<3>("h_last", state_dtype(args), {states, D, N});
   const View<1> indices = c.indices("indices", values.data(), static_cast<int64_t>(values.size()));
   if (step) {
     args.h0 = args.h_last;
@@ -120,7 +131,7 @@ inline void hostile_selective_scan_case(Case& c, const Shape& s) {
     return;
   }
   const int64_t rows = cuda::saved_rows(args.sequences, true);
-  args.saved = c.output<3>("saved", state, {rows, N, args.spans.padded()}, true).data;
+  args.saved = c.output<3>("saved", state, {rows, args.rows(), args.spans.padded()}, true).data;
   c.emulated = [args, indices] { cuda::selective_scan(args, indices, {}); };
 }
 
@@ -131,10 +142,10 @@ inline void selective_gradients(Case& c, SelectiveScanBackward& args, DType dtyp
   args.du = c.output<3>("du", dtype, args.u.size);
   args.ddelta = c.output<3>("ddelta", dtype, args.u.size);
   if (args.z) args.dz = c.output<3>("dz", dtype, args.u.size);
-  args.dh0 = c.output<3>("dh0", state_of(dtype), {args.sequences.count, D, N});
+  args.dh0 = c.output<3>("dh0", state_dtype(args), {args.sequences.count, D, N});
   args.dA = c.output<2>("dA", args.A.dtype, {D, N});
-  args.dB = c.output<4>("dB", dtype, shared);
-  args.dC = c.output<4>("dC", dtype, shared);
+  args.dB = c.output<4>("dB", args.B.dtype, shared);
+  args.dC = c.output<4>("dC", args.C.dtype, shared);
   if (args.D) args.dD = c.output<1>("dD", args.D.dtype, {D});
   if (args.delta_bias) args.ddelta_bias = c.output<1>("ddelta_bias", args.delta_bias.dtype, {D});
 }
@@ -142,13 +153,14 @@ inline void selective_gradients(Case& c, SelectiveScanBackward& args, DType dtyp
 // The backward's arguments on the device, with scratch of its own.
 inline SelectiveScanBackward on_device(Case& c, SelectiveScanBackward args, int64_t groups) {
   const DType dtype = args.u.dtype;
-  const int64_t D = args.u.size[2], N = args.states(), count = args.sequences.count;
-  const int64_t item = item_size(state_of(dtype)), width = cuda::backward_channels(dtype);
+  const int64_t D = args.u.size[2], rows = args.rows(), count = args.sequences.count;
+  const int64_t item = item_size(state_of(dtype));
+  const int64_t width = cuda::backward_channels(dtype, args.complex);
   args.sequences.offsets = nullptr;
   args.spans = Spans(D, groups, width / Spans::kLanes);
-  args.sum_A = c.scratch(count * N * D * item);
+  args.sum_A = c.scratch(count * rows * D * item);
   args.sum_D = c.scratch(2 * count * D * item);
-  args.sum_BC = c.scratch(2 * args.spans.count() * args.u.size[0] * args.u.size[1] * N * item);
+  args.sum_BC = c.scratch(2 * args.spans.count() * args.u.size[0] * args.u.size[1] * rows * item);
   return args;
 }
 
@@ -158,23 +170,23 @@ inline void selective_scan_backward_case(Case& c, const Shape& s) {
   const int64_t N = c.random.pick<int64_t>({1, 3, 8, 16, 17}), D = s.channels;
   args.sequences = c.sequences(s.batch, s.time);
   const int64_t groups = selective_inputs(c, args, dtype, s.batch, s.time, D, N);
-  const int64_t count = args.sequences.count, padded = args.spans.padded();
+  const int64_t count = args.sequences.count, padded = args.spans.padded(), rows = args.rows();
   const int64_t size[] = {s.batch, s.time, D};
   if (c.random.chance(80)) args.dy = c.input<3>("dy", dtype, size);
-  if (c.random.chance(60)) args.dh_last = c.input<3>("dh_last", state, {count, D, N});
+  if (c.random.chance(60)) args.dh_last = c.input<3>("dh_last", state_dtype(args), {count, D, N});
   selective_gradients(c, args, dtype, groups);
   args.parts = std::clamp<int64_t>(count, 1, 8);
   const auto scratch = [&](const char* name, int64_t a, int64_t b, int64_t width) {
     return c.scratch<3>(name, state, {a, b, width}).data;
   };
-  args.lanes_A = scratch("lanes_A", 1, N, padded);
-  args.carry = scratch("carry", args.parts, N, padded);
-  args.sum_A = scratch("sum_A", args.parts, N, padded);
+  args.lanes_A = scratch("lanes_A", 1, rows, padded);
+  args.carry = scratch("carry", args.parts, rows, padded);
+  args.sum_A = scratch("sum_A", args.parts, rows, padded);
   args.sum_D = scratch("sum_D", args.parts, 2, padded);
-  args.sum_BC = scratch("sum_BC", 2 * args.spans.count(), s.batch * s.time, N);
+  args.sum_BC = scratch("sum_BC", 2 * args.spans.count(), s.batch * s.time, rows);
   const View<1> offsets = cu_seqlens_of(c, args.sequences);
   c.dense();
-  args.saved = c.input<3>("saved", state, {args.chunk_rows(), N, padded}).data;
+  args.saved = c.input<3>("saved", state, {args.chunk_rows(), rows, padded}).data;
   c.run = [args] { selective_scan_backward(args); };
   const SelectiveScanBackward emulated = on_device(c, args, groups);
   c.emulated = [emulated, offsets] { cuda::selective_scan_backward(emulated, offsets, {}); };
@@ -196,8 +208,8 @@ inline void hostile_selective_scan_backward_case(Case& c, const Shape& s) {
   selective_gradients(c, args, dtype, groups);
   const View<1> offsets = c.indices("cu_seqlens", ends.data(), count + 1);
   c.dense();
-  const int64_t rows = cuda::saved_rows(args.sequences, true);
-  args.saved = c.input<3>("saved", state, {rows, N, args.spans.padded()}).data;
+  const int64_t chunks = cuda::saved_rows(args.sequences, true);
+  args.saved = c.input<3>("saved", state, {chunks, args.rows(), args.spans.padded()}).data;
   const SelectiveScanBackward emulated = on_device(c, args, groups);
   c.emulated = [emulated, offsets] { cuda::selective_scan_backward(emulated, offsets, {}); };
 }

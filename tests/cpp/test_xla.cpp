@@ -48,9 +48,13 @@ struct Numbers {
     bytes.assign(count, '\xff');  // not a number
     bytes.shrink_to_fit();
   }
-  int64_t count() const { return static_cast<int64_t>(bytes.size()) / item_size(dtype); }
-  bool real() const { return dtype <= DType::f16; }
-  double at(int64_t i) const { return load(bytes.data() + i * item_size(dtype), dtype); }
+  // A complex number is two.
+  DType number() const {
+    return dtype == DType::c64 ? DType::f32 : dtype == DType::c128 ? DType::f64 : dtype;
+  }
+  int64_t count() const { return static_cast<int64_t>(bytes.size()) / item_size(number()); }
+  bool floating() const { return number() <= DType::f16; }
+  double at(int64_t i) const { return load(bytes.data() + i * item_size(number()), number()); }
 };
 
 Numbers draw(uint64_t seed, DType dtype, std::vector<int64_t> dims, double low = -1,
@@ -58,7 +62,7 @@ Numbers draw(uint64_t seed, DType dtype, std::vector<int64_t> dims, double low =
   Numbers x(dtype, std::move(dims));
   Random random(seed);
   for (int64_t i = 0; i < x.count(); ++i)
-    store(x.bytes.data() + i * item_size(dtype), dtype,
+    store(x.bytes.data() + i * item_size(x.number()), x.number(),
           static_cast<float>(random.uniform(low, high)));
   return x;
 }
@@ -266,12 +270,12 @@ Answer check_same(const Call& call, double within = 0, int left_out = -1,
     const Numbers &w = want.results[i], &g = got.results[i];
     if (static_cast<int>(i) == left_out || w.bytes == g.bytes) continue;
     double largest = 0, difference = 0;
-    for (int64_t k = 0; w.real() && k < w.count(); ++k) {
+    for (int64_t k = 0; w.floating() && k < w.count(); ++k) {
       largest = std::fmax(largest, std::fabs(w.at(k)));
       const double d = std::fabs(w.at(k) - g.at(k));
       if (!(d <= difference)) difference = d;
     }
-    CHECK(w.real() && difference <= within * largest, "%s: result %zu differs by %g of %g",
+    CHECK(w.floating() && difference <= within * largest, "%s: result %zu differs by %g of %g",
           call.op(), i, difference, largest);
   }
   return got;
@@ -344,42 +348,32 @@ void check_causal_conv1d() {
   check_same(backward.result(f32, {2, 3, 20}), kClose, -1, 1);
 }
 
-Call selective_scan_of(const char* op, DType of_A = f32) {
+Call selective_scan_of(const char* op, DType of_A) {
   Call call(op);
   const int64_t B = 2, T = 70, D = 16, N = 8;
-  Numbers A = draw(3, f32, {D, N}, -1, -0.1);
-  if (of_A != f32) A = Numbers(of_A, {D, N});
-  call.array(draw(1, f32, {B, T, D})).array(draw(2, f32, {B, T, D})).array(A);
-  call.array(draw(4, f32, {B, T, N})).array(draw(5, f32, {B, T, N})).array(draw(6, f32, {D}));
-  return call;
+  call.array(draw(1, f32, {B, T, D})).array(draw(2, f32, {B, T, D}));
+  call.array(draw(3, of_A, {D, N}, -1, -0.1)).array(draw(4, of_A, {B, T, N}));
+  call.array(draw(5, f32, {B, T, N})).array(draw(6, f32, {D})).array(draw(7, f32, {B, T, D}));
+  call.absent(3).option("delta_softplus", true);
+  return call.result(f32, {B, T, D}).result(of_A, {B, D, N});
 }
 
-void check_selective_scan() {
-  const int64_t B = 2, T = 70, D = 16, N = 8;
-  Call save = selective_scan_of("_selective_scan_save");
-  save.array(draw(7, f32, {B, T, D})).absent(3).option("delta_softplus", true);
-  save.result(f32, {B, T, D}).result(f32, {B, D, N}).result(f32, {B * 3, N, D});
-  const Numbers saved = check_same(save, kClose).results[2];
-  Call plain = selective_scan_of("selective_scan");
-  plain.array(draw(7, f32, {B, T, D})).absent(3).option("delta_softplus", true);
-  check_same(plain.result(f32, {B, T, D}).result(f32, {B, D, N}), kClose);
+void check_selective_scan(DType of_A) {
+  const int64_t B = 2, T = 70, D = 16, N = 8, rows = of_A == f32 ? N : 2 * N;
+  check_same(selective_scan_of("selective_scan", of_A), kClose);
+  Call save = selective_scan_of("_selective_scan_save", of_A);
+  const Numbers saved = check_same(save.result(f32, {B * 3, rows, D}), kClose).results[2];
 
   Call backward("_selective_scan_backward");
   backward.array(draw(8, f32, {B, T, D})).absent().array(saved);
   backward.array(draw(1, f32, {B, T, D})).array(draw(2, f32, {B, T, D}));
-  backward.array(draw(3, f32, {D, N}, -1, -0.1)).array(draw(4, f32, {B, T, N}));
+  backward.array(draw(3, of_A, {D, N}, -1, -0.1)).array(draw(4, of_A, {B, T, N}));
   backward.array(draw(5, f32, {B, T, N})).array(draw(6, f32, {D})).array(draw(7, f32, {B, T, D}));
   backward.absent(3).option("delta_softplus", true);
-  backward.result(f32, {B, T, D}).result(f32, {B, T, D}).result(f32, {D, N});
-  backward.result(f32, {B, T, N}).result(f32, {B, T, N}).result(f32, {D});
-  backward.result(f32, {B, T, D}).result(f32, {0}).result(f32, {B, D, N});
+  backward.result(f32, {B, T, D}).result(f32, {B, T, D}).result(of_A, {D, N});
+  backward.result(of_A, {B, T, N}).result(f32, {B, T, N}).result(f32, {D});
+  backward.result(f32, {B, T, D}).result(f32, {0}).result(of_A, {B, D, N});
   check_same(backward, kClose, -1, 3);
-
-  Call complex = selective_scan_of("selective_scan", DType::c64);
-  complex.absent(4).option("delta_softplus", true);
-  complex.result(f32, {B, T, D}).result(DType::c64, {B, D, N});
-  check_error(complex, xla::ErrorCode::invalid_argument,
-              "selective_scan: A must be real on a CUDA device, got complex");
 }
 
 Call rnn_of(const char* op, const char* algorithm, const char* on_fail = "sequential") {
@@ -472,7 +466,8 @@ int main() {
   check_linear_scan();
   check_indices();
   check_causal_conv1d();
-  check_selective_scan();
+  check_selective_scan(f32);
+  check_selective_scan(recurra::DType::c64);
   check_rnn();
   check_errors();
   check_metadata();
