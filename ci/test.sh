@@ -14,4 +14,5 @@ python ci/cuda_budget.py "$BUILD/package"
 build_cpp_tests asan address,undefined
 ctest --test-dir "$CPP" -j 2 --no-tests=error --output-on-failure
 say "pytest"
-exec python -m pytest "$@"
+# A process for each core, with one thread each; tests of threads ask for theirs themselves.
+exec env OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 8 --dist worksteal "$@"

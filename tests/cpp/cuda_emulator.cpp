@@ -1,7 +1,9 @@
 #include "cuda_emulator.h"
 
 #include <sys/mman.h>
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <algorithm>
 #include <cstdio>
@@ -34,7 +36,73 @@ struct Stack {
   Stack(const Stack&) = delete;
   Stack& operator=(const Stack&) = delete;
   void* data;
+  // Of each stack the first lines lie in other sets of the caches, or they would drive one another
+  // out at every switch.
+  size_t size = kStack - 64 * (made++ % 512);
+
+ private:
+  static inline thread_local size_t made = 0;
 };
+
+#if defined(__x86_64__)
+// swapcontext enters the kernel at every switch, to keep the signal mask: most of the time of a
+// test. Here what a call must preserve lies on the stack that is left.
+asm(R"(
+  .text
+  .type recurra_switch_stack, @function
+recurra_switch_stack:
+  endbr64
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+  .size recurra_switch_stack, . - recurra_switch_stack
+)");
+extern "C" void recurra_switch_stack(void** from, void* to);
+
+class Context {
+ public:
+  void prepare(const Stack& stack, void (*entry)()) {
+    // Registers, where to return to, which is the entry, and where the entry would.
+    constexpr size_t kRegisters = 6;
+    auto** const top =
+        reinterpret_cast<void**>(static_cast<char*>(stack.data) + stack.size) - kRegisters - 2;
+    std::fill_n(top, kRegisters + 2, nullptr);
+    top[kRegisters] = reinterpret_cast<void*>(entry);
+    at_ = top;
+  }
+  void leave_for(Context& next) { recurra_switch_stack(&at_, next.at_); }
+
+ private:
+  void* at_ = nullptr;
+};
+#else
+class Context {
+ public:
+  void prepare(const Stack& stack, void (*entry)()) {
+    getcontext(&at_);
+    at_.uc_stack.ss_sp = stack.data;
+    at_.uc_stack.ss_size = stack.size;
+    at_.uc_link = nullptr;
+    makecontext(&at_, entry, 0);
+  }
+  void leave_for(Context& next) { swapcontext(&at_, &next.at_); }
+
+ private:
+  ucontext_t at_;
+};
+#endif
 
 // When a thread did something: how many barriers its block, and how many full __syncwarp its warp
 // had left behind.
@@ -81,7 +149,7 @@ struct Block {
 enum class State { ready, barrier, meeting, ended };
 
 struct Fiber {
-  ucontext_t context;
+  Context context;
   Stack stack;
   Block* block = nullptr;
   unsigned thread = 0;
@@ -143,7 +211,7 @@ class Grid {
   std::vector<std::unique_ptr<Block>> there_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
   Fiber* current_ = nullptr;
-  ucontext_t own_;
+  Context own_;
   int64_t waits_ = 0;  // yields of threads that wait for another block
   std::string error_;
   const void* own_stack_ = nullptr;
@@ -159,9 +227,9 @@ thread_local Grid* grid = nullptr;
 struct Sanitizer {
 #if defined(__SANITIZE_ADDRESS__)
   // What frames of an earlier fiber left on its stack.
-  static void forget(Fiber& f) { __asan_unpoison_memory_region(f.stack.data, kStack); }
+  static void forget(Fiber& f) { __asan_unpoison_memory_region(f.stack.data, f.stack.size); }
   static void to(Grid& g, Fiber& f) {
-    __sanitizer_start_switch_fiber(&g.own_fake_stack_, f.stack.data, kStack);
+    __sanitizer_start_switch_fiber(&g.own_fake_stack_, f.stack.data, f.stack.size);
   }
   static void from(Grid& g, Fiber& f, bool ends) {
     __sanitizer_start_switch_fiber(ends ? nullptr : &f.fake_stack, g.own_stack_, g.own_size_);
@@ -204,11 +272,7 @@ void Grid::start(unsigned index) {
     spare.pop_back();
     Fiber* const fiber = fibers_.back().get();
     Sanitizer::forget(*fiber);
-    getcontext(&fiber->context);
-    fiber->context.uc_stack.ss_sp = fiber->stack.data;
-    fiber->context.uc_stack.ss_size = kStack;
-    fiber->context.uc_link = nullptr;
-    makecontext(&fiber->context, enter, 0);
+    fiber->context.prepare(fiber->stack, enter);
     fiber->block = &block;
     fiber->thread = t;
     fiber->state = State::ready;
@@ -222,7 +286,7 @@ void Grid::resume(Fiber& fiber) {
   blockIdx.x = fiber.block->index;
   threadIdx.x = fiber.thread;
   Sanitizer::to(*this, fiber);
-  swapcontext(&own_, &fiber.context);
+  own_.leave_for(fiber.context);
   Sanitizer::in_grid(*this);
 }
 
@@ -230,7 +294,7 @@ void Grid::leave(bool ends) {
   Fiber& fiber = *current_;
   if (ends) fiber.state = State::ended;
   Sanitizer::from(*this, fiber, ends);
-  swapcontext(&fiber.context, &own_);
+  fiber.context.leave_for(own_);
   Sanitizer::in_fiber(*this, fiber);
 }
 
@@ -372,7 +436,9 @@ void check_access(void* accesses, int64_t index, bool writes) {
   for (const Moment& reader : access.readers)
     if (!ordered(reader, now))
       fail("writes shared memory that another thread reads, without a barrier between");
-  access = {true, now, {}};
+  access.written = true;
+  access.writer = now;
+  access.readers.clear();  // keeps its memory for the next ones
 }
 
 }  // namespace recurra::cuda::emulator
