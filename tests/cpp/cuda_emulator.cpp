@@ -31,6 +31,9 @@ struct Stack {
   Stack()
       : data(mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
     if (data == MAP_FAILED) throw std::runtime_error("no memory for the stack of a fiber");
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(data, kStack);  // of an earlier one at this address
+#endif
   }
   ~Stack() { munmap(data, kStack); }
   Stack(const Stack&) = delete;
@@ -226,8 +229,13 @@ thread_local Grid* grid = nullptr;
 // AddressSanitizer is told which stack is in use.
 struct Sanitizer {
 #if defined(__SANITIZE_ADDRESS__)
-  // What frames of an earlier fiber left on its stack.
-  static void forget(Fiber& f) { __asan_unpoison_memory_region(f.stack.data, f.stack.size); }
+  // What the outermost frames of an earlier fiber left on its stack, in which it ended; the others
+  // have returned.
+  static void forget(Fiber& f) {
+    constexpr size_t kOutermost = 4096;
+    __asan_unpoison_memory_region(static_cast<char*>(f.stack.data) + f.stack.size - kOutermost,
+                                  kOutermost);
+  }
   static void to(Grid& g, Fiber& f) {
     __sanitizer_start_switch_fiber(&g.own_fake_stack_, f.stack.data, f.stack.size);
   }
