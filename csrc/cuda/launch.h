@@ -3,6 +3,7 @@
 // their logic is tested where there is no GPU. Under NVRTC there is nothing to start them with:
 // recurra.jit does that.
 #pragma once
+#include "cuda/context.h"
 #include "cuda/stream.h"
 #include "integers.h"
 
@@ -20,6 +21,7 @@ namespace recurra::cuda {
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch, which asks for it, would be blamed as well
   std::string text = std::string("recurra: ") + what + ": " + cudaGetErrorString(error);
   if (error == cudaErrorNoKernelImageForDevice)
     text +=
@@ -28,19 +30,28 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(text);
 }
 
-// Makes a device the current one of this thread, as long as it lives.
+// Makes a device the current one of this thread, as long as it lives. Then the context is again
+// what it was, and none where there was none: cudaSetDevice would make one, of hundreds of
+// megabytes.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+    int current = 0;
+    check(cudaGetDevice(&current), "cudaGetDevice");
+    before_ = current_context();
+    if (before_ && current == device) return;
+    check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = true;
   }
-  ~DeviceGuard() { cudaSetDevice(before_); }
+  ~DeviceGuard() {
+    if (changed_) set_current_context(before_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int before_ = 0;
+  void* before_ = nullptr;
+  bool changed_ = false;
 };
 
 }  // namespace recurra::cuda

@@ -14,8 +14,15 @@ constexpr const char* kStatusArguments[] = {"cu_seqlens", "slots"};
 constexpr int kStatusCount = 12, kMostDevices = 64;
 
 // Zero when the library is loaded, so that nothing needs to be allocated or written by a call,
-// which may be captured into a graph.
-__device__ uint32_t status_words[kStatusCount];
+// which may be captured into a graph. Behind the marks is room for what take_status took of them.
+__device__ uint32_t status_words[2 * kStatusCount];
+
+// Reads and clears at once: of a mark that a kernel makes meanwhile it either takes it or leaves
+// it.
+__global__ void __launch_bounds__(32) take_words(uint32_t* words) {
+  const unsigned i = threadIdx.x;
+  if (i < kStatusCount) words[kStatusCount + i] = atomicExch(words + i, 0u);
+}
 
 static uint32_t* words_of(int device) {
   static std::mutex mutex;
@@ -45,15 +52,17 @@ uint32_t* status_word(const char* op, const char* argument, int device) {
 
 std::vector<std::string> take_status(const Stream& stream) {
   uint32_t* const words = words_of(stream.device);
+  static std::mutex one_at_a_time;  // there is room for what one call takes
+  const std::lock_guard lock(one_at_a_time);
   wait_for_device(stream.device);
+  RECURRA_LAUNCH(take_words, 1, 32, stream, words);
   uint32_t found[kStatusCount];
-  read_back(found, words, sizeof found, stream);
+  read_back(found, words + kStatusCount, sizeof found, stream);
   std::vector<std::string> out;
   for (int i = 0; i < kStatusCount; ++i)
     if (found[i])
       out.push_back(std::string(kStatusArguments[i % 2]) + " of " + kStatusOps[i / 2] +
                     (i % 2 ? "_step" : ""));
-  if (!out.empty()) set_zero(words, sizeof found, stream);
   return out;
 }
 

@@ -19,13 +19,6 @@ void read_back(void* to, const void* from, size_t bytes, const Stream& stream) {
   check(cudaStreamSynchronize(on), "cudaStreamSynchronize");
 }
 
-void set_zero(void* to, size_t bytes, const Stream& stream) {
-  const DeviceGuard guard(stream.device);
-  const cudaStream_t on = static_cast<cudaStream_t>(stream.handle);
-  check(cudaMemsetAsync(to, 0, bytes, on), "cudaMemsetAsync");
-  check(cudaStreamSynchronize(on), "cudaStreamSynchronize");
-}
-
 void wait_for_device(int device) {
   const DeviceGuard guard(device);
   check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");

@@ -12,8 +12,6 @@ bool is_captured(const Stream& stream);
 // Copies from the device what the kernels before it on the stream leave there.
 void read_back(void* to, const void* from, size_t bytes, const Stream& stream);
 
-// Puts zeros there, behind what is on the stream, and waits for them.
-void set_zero(void* to, size_t bytes, const Stream& stream);
 void wait_for_device(int device);
 
 }  // namespace recurra::cuda

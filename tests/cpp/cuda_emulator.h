@@ -14,6 +14,7 @@
 #include <cstring>
 #include <functional>
 #include <type_traits>
+#include <utility>
 
 #define __global__ static
 #define __device__
@@ -26,14 +27,64 @@ struct Dim3 {
 };
 inline thread_local Dim3 gridDim, blockDim, blockIdx, threadIdx;  // those of the fiber that runs
 
-enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice };
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
+// ---- the runtime
+// ---------------------------------------------------------------------------------
+
+enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice, cudaErrorMemoryAllocation };
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : "an error";
 }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+
+namespace recurra::cuda::emulator {
+
+// What the runtime has of this thread. Devices have no memory of their own, but contexts.
+struct Runtime {
+  std::array<bool, 4> contexts = {};  // of which devices there are any
+  bool* context = nullptr;            // the current one
+  int device = 0;                     // where none is
+  cudaError_t next = cudaSuccess;     // what the next call returns
+  cudaError_t last = cudaSuccess;     // for cudaGetLastError
+  std::function<void()> meanwhile;    // what others do while this thread waits for the device
+
+  cudaError_t returned() {
+    const cudaError_t error = next;
+    next = cudaSuccess;
+    if (error != cudaSuccess) last = error;
+    return error;
+  }
+  cudaError_t waited() {
+    if (meanwhile) meanwhile();
+    return returned();
+  }
+};
+inline thread_local Runtime runtime;
+
+}  // namespace recurra::cuda::emulator
+
+namespace recurra::cuda {
+
+inline void* current_context() { return emulator::runtime.context; }
+inline void set_current_context(void* context) {
+  emulator::runtime.context = static_cast<bool*>(context);
+}
+
+}  // namespace recurra::cuda
+
+inline cudaError_t cudaGetLastError() {
+  return std::exchange(recurra::cuda::emulator::runtime.last, cudaSuccess);
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  auto& here = recurra::cuda::emulator::runtime;
+  *device = here.context ? static_cast<int>(here.context - here.contexts.data()) : here.device;
+  return here.returned();
+}
+inline cudaError_t cudaSetDevice(int device) {
+  auto& here = recurra::cuda::emulator::runtime;
+  here.device = device;
+  here.context = &here.contexts.at(static_cast<size_t>(device));
+  *here.context = true;
+  return here.returned();
+}
 
 // Streams, of which there is one, and memory, of which there is one kind.
 using cudaStream_t = void*;
@@ -46,14 +97,16 @@ enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                                    cudaStream_t) {
   std::memcpy(to, from, bytes);
-  return cudaSuccess;
+  return recurra::cuda::emulator::runtime.returned();
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   std::memset(to, value, bytes);
-  return cudaSuccess;
+  return recurra::cuda::emulator::runtime.returned();
 }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return recurra::cuda::emulator::runtime.waited();
+}
+inline cudaError_t cudaDeviceSynchronize() { return recurra::cuda::emulator::runtime.waited(); }
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed };
 inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
   return cudaSuccess;
@@ -63,6 +116,9 @@ cudaError_t cudaGetSymbolAddress(void** to, T (&symbol)[N]) {
   *to = symbol;
   return cudaSuccess;
 }
+
+// ---- the threads
+// ---------------------------------------------------------------------------------
 
 namespace recurra::cuda::emulator {
 
@@ -188,6 +244,7 @@ namespace recurra::cuda {
 
 template <class Kernel, class... Arguments>
 void emulate(Kernel kernel, unsigned blocks, unsigned threads, const Arguments&... arguments) {
+  if (!emulator::runtime.context) cudaSetDevice(emulator::runtime.device);
   emulator::run(blocks, threads, [&] { kernel(arguments...); });
 }
 
@@ -234,4 +291,8 @@ T atomicAdd(T* to, T value) {
   const T before = *to;
   *to = static_cast<T>(before + value);
   return before;
+}
+template <class T>
+T atomicExch(T* to, T value) {
+  return std::exchange(*to, value);
 }

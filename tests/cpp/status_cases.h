@@ -45,10 +45,18 @@ inline void status_case(Case& c, const Shape&) {
                       *const argument = step ? "slots" : "cu_seqlens";
     const cuda::Indices indices(given, cuda::status_word(op, argument, 0));
     step ? cuda::linear_scan_step(one, indices, {}) : cuda::linear_scan(whole, indices, {}, {});
+    // Another stream has a kernel that marks something else while this thread waits.
+    uint32_t* const other = cuda::status_word("rnn", "slots", 0);
+    auto& meanwhile = cuda::emulator::runtime.meanwhile;
+    meanwhile = [other, waits = 0]() mutable {
+      if (++waits == 2) *other = 1;
+    };
     const std::vector<std::string> said = cuda::take_status({});
+    meanwhile = nullptr;
     const std::string want = step ? "slots of linear_scan_step" : "cu_seqlens of linear_scan";
     set(told, said == std::vector<std::string>{want} ? 1 : said.empty() ? 0 : 2, 0);
-    if (!cuda::take_status({}).empty()) set(told, 3, 0);
+    if (cuda::take_status({}) != std::vector<std::string>{"slots of rnn_step"}) set(told, 3, 0);
+    if (!cuda::take_status({}).empty()) set(told, 4, 0);
   };
 }
 
