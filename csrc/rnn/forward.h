@@ -37,9 +37,20 @@ RECURRA_FN void put(const Forward<T>& p, int64_t offset, const T (&h)[Sizes<Cell
       [&](auto s) RECURRA_LAMBDA { write(p.y, offset + s * p.y.step[2], h[s]); });
 }
 
+// NewtonSummary.
+template <class T>
+struct Summary {
+  int32_t* passes;
+  T* mismatch;
+  int32_t* failures;
+
+  explicit Summary(const NewtonSummary& of)
+      : passes(of.passes), mismatch(static_cast<T*>(of.mismatch)), failures(of.failures) {}
+};
+
 // The steps of each chain but the first `taken`, whose last states are in args.h_last; all of them,
-// from args.h0, where that is null.
+// from args.h0, where that is null. The summary is that of a sequential call, or null.
 void rest(const Rnn& args, const Indices& cu_seqlens, const Indices& slots, const int64_t* taken,
-          const Stream& stream);
+          const NewtonSummary& summary, const Stream& stream);
 
 }  // namespace recurra::cuda::rnn_detail

@@ -192,11 +192,12 @@ struct Walk {
   T mismatch = T(0);
   bool near = true;
 };
-// d along the boundaries. Each lane holds those of one stretch of 32, and all take part in every
-// step of the recurrence.
+// d along the boundaries, by which it moves the starts: nobody reads those of a channel that has
+// converged. Each lane holds those of one stretch of 32, and all take part in every step of the
+// recurrence.
 template <int S, class T>
-RECURRA_FN Walk<T> walk_boundaries(const Shooting<T>& p, int64_t c, int64_t first, int64_t count,
-                                   const T (&largest)[S], int lane, bool move) {
+RECURRA_FN Walk<T> move_along(const Shooting<T>& p, int64_t c, int64_t first, int64_t count,
+                              const T (&largest)[S], int lane) {
   using recurrent::absolute;
   using V = Values<S>;
   Walk<T> found;
@@ -232,7 +233,7 @@ RECURRA_FN Walk<T> walk_boundaries(const Shooting<T>& p, int64_t c, int64_t firs
         if (lane == j) moved[s] = end[s] + step;
       }
     }
-    if (move && in)
+    if (in)
       for (int s = 0; s < S; ++s) p.value(c, V::count, V::start + s, first + k + 1) = moved[s];
   }
   return found;
@@ -284,9 +285,8 @@ __global__ void __launch_bounds__(kThreads, 7) move_starts(const Shooting<T> p, 
         if (other > largest[s]) largest[s] = other;
       }
     Walk<T> found;
-    if (finite) found = walk_boundaries<S>(p, c, first, count, largest, lane, false);
+    if (finite) found = move_along<S>(p, c, first, count, largest, lane);
     const bool converged = finite && (found.near || found.mismatch == T(0));
-    if (finite && !converged) walk_boundaries<S>(p, c, first, count, largest, lane, true);
     if (lane != 0) continue;
     p.report.passes[task] = pass;
     p.report.mismatch[task] =
@@ -322,12 +322,6 @@ __global__ void __launch_bounds__(kThreads) go_on(const Shooting<T> p) {
   }
 }
 
-template <class T>
-struct Summary {
-  int32_t* passes;
-  T* mismatch;
-  int32_t* failures;
-};
 constexpr int kSummary = 256;
 
 // One block over all chains.
@@ -395,11 +389,10 @@ void run_newton(const RnnNewton& args, const Indices& cu_seqlens, int64_t* taken
         RECURRA_LAUNCH(rnn_go_on, blocks_for(chains, kThreads), kThreads, stream, p);
       },
       Cells{});
-  rest(args, cu_seqlens, {}, taken, stream);
+  rest(args, cu_seqlens, {}, taken, {}, stream);
   const auto rnn_summarise = summarise<T>;
-  const Summary<T> summary{to.passes, static_cast<T*>(to.mismatch), to.failures};
   RECURRA_LAUNCH(rnn_summarise, 1, kSummary, stream, p, static_cast<int>(args.h_last.size[1]),
-                 summary);
+                 Summary<T>(to));
 }
 
 }  // namespace recurra::cuda::rnn_detail

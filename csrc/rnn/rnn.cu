@@ -56,13 +56,18 @@ __device__ __forceinline__ void advance_chains(const Forward<T>& p) {
 }
 
 template <class Cell, class T>
-__global__ void __launch_bounds__(kThreads, 8) advance(const Forward<T> p) {
+__global__ void __launch_bounds__(kThreads, 8)
+    advance(const Forward<T> p, const Summary<T> sequential) {
+  if (sequential.passes && blockIdx.x == 0 && threadIdx.x == 0) {
+    *sequential.passes = 0;
+    *sequential.mismatch = T(0);
+  }
   advance_chains<Cell>(p);
 }
 
 template <class T>
 void run(const Rnn& args, const Indices& cu_seqlens, const Indices& slots, const int64_t* taken,
-         const Stream& stream) {
+         const NewtonSummary& summary, const Stream& stream) {
   const Forward<T> p(args, cu_seqlens, slots, taken);
   const int64_t tasks = p.sequences * p.channels;
   if (tasks == 0) return;
@@ -70,21 +75,23 @@ void run(const Rnn& args, const Indices& cu_seqlens, const Indices& slots, const
       args.cell,
       [&](auto cell) {
         const auto rnn_advance = advance<decltype(cell), T>;
-        RECURRA_LAUNCH(rnn_advance, blocks_for(tasks, kThreads), kThreads, stream, p);
+        RECURRA_LAUNCH(rnn_advance, blocks_for(tasks, kThreads), kThreads, stream, p,
+                       Summary<T>(summary));
       },
       Cells{});
 }
 
 void rest(const Rnn& args, const Indices& cu_seqlens, const Indices& slots, const int64_t* taken,
-          const Stream& stream) {
-  computes_in_double(args.x.dtype) ? run<double>(args, cu_seqlens, slots, taken, stream)
-                                   : run<float>(args, cu_seqlens, slots, taken, stream);
+          const NewtonSummary& summary, const Stream& stream) {
+  computes_in_double(args.x.dtype) ? run<double>(args, cu_seqlens, slots, taken, summary, stream)
+                                   : run<float>(args, cu_seqlens, slots, taken, summary, stream);
 }
 
 }  // namespace rnn_detail
 
-void rnn(const Rnn& args, const Indices& cu_seqlens, const Indices& slots, const Stream& stream) {
-  rnn_detail::rest(args, cu_seqlens, slots, nullptr, stream);
+void rnn(const Rnn& args, const Indices& cu_seqlens, const Indices& slots,
+         const NewtonSummary& summary, const Stream& stream) {
+  rnn_detail::rest(args, cu_seqlens, slots, nullptr, summary, stream);
 }
 
 }  // namespace recurra::cuda

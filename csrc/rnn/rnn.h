@@ -127,17 +127,20 @@ RECURRA_KERNEL(rnn_backward, RnnBackward)
 
 namespace recurra::cuda {
 
-// Sequentially. cu_seqlens (S + 1) and slots (S) lie on the device, with null `offsets` and `slots`
-// in args; a slot past the states is skipped like a negative one.
-void rnn(const Rnn& args, const Indices& cu_seqlens, const Indices& slots, const Stream& stream);
-
-// Where Newton's method leaves its report, on the device: the largest number of passes, the largest
+// Where a call leaves its report, on the device: the largest number of passes, the largest
 // mismatch, in the compute type, and how many sequences by channels were computed sequentially.
 struct NewtonSummary {
   int32_t* passes = nullptr;
   void* mismatch = nullptr;
   int32_t* failures = nullptr;
 };
+
+// Sequentially. cu_seqlens (S + 1) and slots (S) lie on the device, with null `offsets` and `slots`
+// in args; a slot past the states is skipped like a negative one. `summary` may be null, and gets
+// no failures; without any channels of a sequence nothing starts and nothing is written.
+void rnn(const Rnn& args, const Indices& cu_seqlens, const Indices& slots,
+         const NewtonSummary& summary, const Stream& stream);
+
 // Stretches of all sequences, at most.
 inline int64_t newton_rows_on_device(const Sequences& s, bool packed, int64_t chunk) {
   const int64_t steps = newton_blocks(chunk) * kRnnChunk;

@@ -10,16 +10,22 @@ namespace {
 
 using Optional = const OptionalTensor&;
 
-// What Newton's method leaves, as tensors on the device, of which the first two are results.
+// What a call leaves of its passes, as tensors on the device, of which the first two are results.
+// Kernels write them, where any start.
 struct Report {
   Tensor passes, mismatch, failures;
 
-  explicit Report(const Tensor& x)
+  Report(const Tensor& x, bool written)
       : passes(empty(x, {}, DType::i32)),
         mismatch(empty(x, {}, state_dtype(dtype_of(x)))),
-        failures(zeros(x, {}, DType::i32)) {
+        failures(passes) {
+    if (written) return;
     set_zero(passes);
     set_zero(mismatch);
+  }
+  cuda::NewtonSummary view() const {
+    return {static_cast<int32_t*>(passes.data_ptr()), mismatch.data_ptr(),
+            static_cast<int32_t*>(failures.data_ptr())};
   }
 };
 
@@ -44,11 +50,9 @@ void newton(const char* op, const Rnn& base, const RnnOptions& options, const Te
                  static_cast<double*>(mismatch.data_ptr()),
                  static_cast<bool*>(converged.data_ptr())};
   args.done = static_cast<bool*>(done.data_ptr());
+  report.failures = scratch(x, {}, DType::i32);
   cuda::rnn_newton(args, indices(op, "cu_seqlens", cu_seqlens),
-                   static_cast<int64_t*>(taken.data_ptr()),
-                   {static_cast<int32_t*>(report.passes.data_ptr()), report.mismatch.data_ptr(),
-                    static_cast<int32_t*>(report.failures.data_ptr())},
-                   stream);
+                   static_cast<int64_t*>(taken.data_ptr()), report.view(), stream);
 }
 
 // Waits for the device.
@@ -99,12 +103,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const char* op, bool 
          "for the device, got \"" +
              options.on_fail + "\"");
   RnnCall call(cell, all, x, params, h0, reset, return_states);
-  Report report(x);
+  Report report(x, chains > 0);
   call.save(save, rnn_chunk_rows(all, cu_seqlens.has_value()));
   if (solves)
     newton(op, call.args, options, x, cu_seqlens, steps, report, stream);
   else
-    cuda::rnn(call.args, indices(op, "cu_seqlens", cu_seqlens), {}, stream);
+    cuda::rnn(call.args, indices(op, "cu_seqlens", cu_seqlens), {}, report.view(), stream);
   if (waits) report_failures(op, options, report, chains, stream);
   return {call.y, call.h_last, report.passes, report.mismatch, call.saved};
 }
@@ -154,7 +158,7 @@ Tensor rnn_step_cuda(Tensor h, Tensor x, Tensor params, std::string cell_name,
   check_cell(op, cell.info, x, params, "h", h);
   check_states(op, x.size(0), h, slots);
   const RnnStepCall call(cell, h, x, params);
-  cuda::rnn(call.args, {}, indices(op, "slots", slots), stream_of(x));
+  cuda::rnn(call.args, {}, indices(op, "slots", slots), {}, stream_of(x));
   return call.y;
 }
 
