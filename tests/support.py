@@ -144,6 +144,11 @@ def packed_errors(op: str, lead: str, shape: tuple[int, ...] = (2, 3, 4)) -> lis
             of_values=False,
         ),
         one("cu_seqlens must have shape (S + 1,), got (0,)", [], of_values=False),
+        one(
+            "cu_seqlens must have shape (S + 1,) with S >= 1 where T = 3, got (1,)",
+            [0],
+            of_values=False,
+        ),
         ErrorInput(
             {"cu_seqlens": torch.tensor([0, 3])},
             f"{op}: {lead} must have batch size B = 1 with cu_seqlens, got {shape}",
@@ -502,3 +507,28 @@ def check_forked_children(setup: str) -> None:
 def parameters_of(function) -> list[tuple]:
     """The signature of a function but for its annotations."""
     return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+# ---- a cell of recurra.jit -----------------------------------------------------------------------
+
+# Two states, a parameter that is affine and one that is not.
+LEAKY_CELL = """
+struct Leaky {
+  static constexpr const char* name = "leaky";
+  static constexpr auto inputs = names("x", "gate");
+  static constexpr auto states = names("h", "mean");
+  static constexpr auto params = names("a", "rate");
+  static constexpr auto affine_params = affine(Affine{0, 0, 0});
+  static constexpr int output = 0;
+
+  template <class X, class H, class P>
+  RECURRA_FN static auto step(X inputs, H states, P params) {
+    auto [x, gate] = inputs;
+    auto [h, mean] = states;
+    auto [a, rate] = params;
+    auto f = sigmoid(rate * gate);
+    auto candidate = tanh(fma(a, h, x));
+    return pack(fma(f, h, (1 - f) * candidate), fma(f, mean, (1 - f) * h));
+  }
+};
+"""

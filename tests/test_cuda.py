@@ -15,6 +15,7 @@ from recurra.jit import compile as compiling
 from support import (
     DTYPES,
     LAYOUTS,
+    LEAKY_CELL,
     Draw,
     assert_right,
     assert_same,
@@ -316,25 +317,6 @@ def test_newton_global_is_refused():
 # ---- cells of recurra.jit -----------------------------------------------------------------------
 
 COMPILER = compiling.compiler()
-LEAKY = """
-struct Leaky {
-  static constexpr auto inputs = names("x", "gate");
-  static constexpr auto states = names("h", "mean");
-  static constexpr auto params = names("a", "rate");
-  static constexpr auto affine_params = affine(Affine{0, 0, 0});
-  static constexpr int output = 0;
-
-  template <class X, class H, class P>
-  RECURRA_FN static auto step(X inputs, H states, P params) {
-    auto [x, gate] = inputs;
-    auto [h, mean] = states;
-    auto [a, rate] = params;
-    auto f = sigmoid(rate * gate);
-    auto candidate = tanh(fma(a, h, x));
-    return pack(fma(f, h, (1 - f) * candidate), fma(f, mean, (1 - f) * h));
-  }
-};
-"""
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +326,7 @@ def cells(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECURRA_JIT_CACHE", str(tmp_path_factory.mktemp("cells")))
         patch.setattr(compiling, "compiler", lambda: None)
-        yield lambda number: recurra.jit.cell(f"{LEAKY}// {number}")
+        yield lambda number: recurra.jit.cell(f"{LEAKY_CELL}// {number}")
 
 
 def _for_leaky(dtype, device=DEVICE):

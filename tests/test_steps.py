@@ -76,6 +76,24 @@ def test_slots(op, index):
 
 
 @every_op
+def test_an_expanded_state_is_refused_where_it_has_elements(op):
+    """By real tensors and by those without memory."""
+    for rows, channels in ((3, 4), (3, 0)):
+        args = with_state(op, op.make(Draw(31), rows, 1, channels, torch.float32, False))
+        given = step_arguments(op, args, 0)
+        for device in ("cpu", "meta"):
+            h = args[op.state].clone().to(device)
+            there = replaced(given, lambda k, v, device=device: v.to(device))
+            expanded = h[:1].expand_as(h)
+            if h.numel() == 0:
+                op.step(expanded, **there)
+            else:
+                message = "h is written in place and must not be expanded, got stride 0 in dim"
+                with pytest.raises(RuntimeError, match=f"{op.name}_step: {message}ension 0"):
+                    op.step(expanded, **there)
+
+
+@every_op
 def test_step_refuses_gradients_by_name(op):
     args = with_state(op, op.make(Draw(31), 2, 1, 4, torch.float32, False))
     given = step_arguments(op, args, 0)

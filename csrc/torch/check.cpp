@@ -239,6 +239,11 @@ void check(const char* op, std::initializer_list<Argument> arguments) {
     if (&rule == &rules[0] && packed) {
       if (packed->dim() != 1 || packed->size(0) < 1)
         fail(op, "cu_seqlens must have shape (S + 1,), got " + shape_of(*packed));
+      // Known without its values, which lie on a device; kernels would start for no sequence.
+      if (auto time = sizes.find("T");
+          time != sizes.end() && time->second > 0 && packed->size(0) == 1)
+        fail(op, "cu_seqlens must have shape (S + 1,) with S >= 1 where T = " +
+                     std::to_string(time->second) + ", got (1,)");
       if (auto batch = sizes.find("B"); batch != sizes.end() && batch->second != 1)
         fail(op, rule.name + " must have batch size B = 1 with cu_seqlens, got " + shape_of(*t));
       sizes["S"] = packed->size(0) - 1;
@@ -273,8 +278,8 @@ Sequences sequences(const char* op, int64_t batch, int64_t time, const OptionalT
 }
 
 void check_states(const char* op, int64_t rows, const Tensor& h, const OptionalTensor& slots) {
-  for (int64_t n = 0; n < h.dim() && h.numel() > 0; ++n)
-    if (h.size(n) > 1 && h.stride(n) == 0)
+  for (int64_t n = 0; n < h.dim(); ++n)
+    if (h.size(n) > 1 && h.stride(n) == 0 && h.numel() > 0)
       fail(op, "h is written in place and must not be expanded, got stride 0 in dimension " +
                    std::to_string(n));
   if (!slots && rows != h.size(0))

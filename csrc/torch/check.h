@@ -48,8 +48,8 @@ const char* requirements(const std::string& op);
 Sequences sequences(const char* op, int64_t batch, int64_t time, const OptionalTensor& cu_seqlens,
                     std::vector<int64_t>& storage);
 
-// Refuses a state h that is expanded, since it is written in place, and without slots one that has
-// other than `rows` states.
+// Refuses a state h that is expanded and has elements, since they are written in place, and without
+// slots one that has other than `rows` states.
 void check_states(const char* op, int64_t rows, const Tensor& h, const OptionalTensor& slots);
 // The state in h of each of `rows` rows as int64, below their number and none twice, negative to
 // skip; null where there are no slots. Checks the states too. The vector keeps them.

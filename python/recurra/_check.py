@@ -186,6 +186,12 @@ def check(op: str, **arguments: Tensor | None) -> dict[str, int]:
         if rule is rules[0] and packed is not None:
             if packed.dim() != 1 or packed.shape[0] < 1:
                 fail(op, f"cu_seqlens must have shape (S + 1,), got {_shape(packed)}")
+            if packed.shape[0] == 1 and sizes.get("T", 0) > 0:
+                steps = sizes["T"]
+                fail(
+                    op,
+                    f"cu_seqlens must have shape (S + 1,) with S >= 1 where T = {steps}, got (1,)",
+                )
             if "B" in sizes and sizes["B"] != 1:
                 fail(
                     op,
@@ -223,7 +229,7 @@ def check_offsets(op: str, cu_seqlens: Tensor, time: int) -> list[int]:
 def check_slots(op: str, rows: int, h: Tensor, slots: Tensor | None) -> None:
     """Without slots, row i has state i, so there must be as many; ``h`` is written in place."""
     for dim, (size, stride) in enumerate(zip(h.shape, h.stride(), strict=True)):
-        if size > 1 and stride == 0:
+        if size > 1 and stride == 0 and h.numel() > 0:
             fail(
                 op,
                 f"h is written in place and must not be expanded, got stride 0 in dimension {dim}",
