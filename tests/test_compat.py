@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import recurra
-from recurra.compat import causal_conv1d, mamba_ssm
+from recurra.compat import _common, causal_conv1d, mamba_ssm
 from recurra.compat.mamba_ssm.modules.mamba_simple import Mamba
 from recurra.compat.mamba_ssm.ops import selective_scan_interface as scan
 from recurra.compat.mamba_ssm.ops.triton import layer_norm, layernorm_gated
@@ -321,3 +321,29 @@ def test_stand_ins_compile():
             1e-6,
         )
     same(copies, states, 1e-6)
+
+
+def test_compiled_steps_in_slots():
+    """An index that is too large is refused there too, or skipped, where nobody can look."""
+    x, dt, state = torch.randn(2, 6), torch.randn(2, 6), torch.randn(3, 6, 4).double()
+    A, B, conv_state = -torch.rand(6, 4), torch.randn(2, 4), torch.randn(3, 6, 5)
+
+    def ssm(state, slots):
+        return selective_state_update(state, x, dt, A, B, B, state_batch_indices=slots)
+
+    def conv(state, slots):
+        return causal_conv1d.causal_conv1d_update(x, state, A, conv_state_indices=slots)
+
+    for step, whole, name in (
+        (ssm, state, "state_batch_indices"),
+        (conv, conv_state, "conv_state_indices"),
+    ):
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        got, want = whole.clone(), whole.clone()
+        slots = torch.tensor([2, -1])
+        same(compiled(got, slots), step(want, slots), 1e-6)
+        same(got, want, 1e-6)
+        with pytest.raises(RuntimeError, match=f"{name} must be less than the number of states"):
+            compiled(got, torch.tensor([1, 3]))
+    rows, used = _common.in_slots(torch.tensor([2, -1, 3, 0]), 3)
+    assert rows.tolist() == [2, 0, 0, 0] and used.tolist() == [True, False, False, True]

@@ -76,10 +76,16 @@ def check_floating(op: str, name: str, x: Tensor, complex_too: bool = False) -> 
 
 def check_indices(op: str, name: str, x: Tensor, rows: int, states: int | None = None) -> None:
     """Refuses what is not one integer a row, and with ``states`` what is not a place among so many
-    of its own, or negative."""
+    of its own, or negative. A compiled call refuses no place that is repeated, and one that is too
+    large on the CPU alone: see :func:`in_slots`."""
     check_integers(op, name, x)
     check_shape(op, name, x, "(batch,)", (rows,))
-    if states is None or x.is_meta or torch.compiler.is_compiling():
+    if states is None or x.is_meta:
+        return
+    if torch.compiler.is_compiling():
+        if x.is_cpu:
+            sentence = f"{op}: {name} must be less than the number of states"
+            torch._assert_async((x < states).all(), sentence)
         return
     used = [i for i in x.tolist() if i >= 0]
     if any(i >= states for i in used):
@@ -87,6 +93,14 @@ def check_indices(op: str, name: str, x: Tensor, rows: int, states: int | None =
     if len(set(used)) < len(used):
         twice = next(i for i in used if used.count(i) > 1)
         fail(op, f"{name} must not repeat a state, got {twice} more than once")
+
+
+def in_slots(indices: Tensor, states: int) -> tuple[Tensor, Tensor]:
+    """Which of ``states`` each row reads, and whether the row is one of its own: where its index is
+    negative, or too large and nobody could look at it, it is skipped, as the steps of
+    :mod:`recurra` do on a GPU, and reads the first."""
+    used = (indices >= 0) & (indices < states)
+    return torch.where(used, indices, 0).long(), used
 
 
 def check_written(op: str, name: str, x: Tensor) -> None:

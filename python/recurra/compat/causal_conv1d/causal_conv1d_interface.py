@@ -19,6 +19,7 @@ from recurra.compat._common import (
     check_integers,
     check_shape,
     check_written,
+    in_slots,
     kernels,
     parameter,
     records_gradient,
@@ -144,7 +145,9 @@ def causal_conv1d_update(
     if plain and not records_gradient(x, conv_state, weight, bias):
         return _step(x, conv_state, weight, bias, activation)
 
-    rows = None if conv_state_indices is None else conv_state_indices.clamp(min=0).long()
+    rows = used = None
+    if conv_state_indices is not None:
+        rows, used = in_slots(conv_state_indices, conv_state.shape[0])
     states = conv_state if rows is None else conv_state[rows]
     if cache_seqlens is None:
         # A backward may need it, and the state is about to change.
@@ -169,7 +172,6 @@ def causal_conv1d_update(
     if rows is None:
         conv_state.copy_(states)
         return y
-    used = conv_state_indices >= 0
     conv_state[rows[used]] = states[used]
     return y.masked_fill(~used[:, None, None], 0)
 

@@ -12,6 +12,7 @@ from recurra.compat._common import (
     check_indices,
     check_shape,
     check_written,
+    in_slots,
     kernels,
     parameter,
     records_gradient,
@@ -109,7 +110,7 @@ def _update(ops, whole, x, dt, A, B, C, D, z, dt_bias, dt_softplus, slots):
         y = ops.selective_scan_step(states, *arguments, delta_softplus=dt_softplus, slots=slots)
         return y.view(shape).to(dtype)
     # A copy of the rows: in another dtype, or because a backward needs what is about to change.
-    rows = slice(None) if slots is None else slots.clamp(min=0).long()
+    rows, used = (slice(None), None) if slots is None else in_slots(slots, whole.shape[0])
     h = state(states[rows].clone(), x)
     if recording:
         u, delta, A, B, C, D, z, dt_bias = arguments
@@ -123,7 +124,6 @@ def _update(ops, whole, x, dt, A, B, C, D, z, dt_bias, dt_softplus, slots):
     if slots is None:
         whole.copy_(h.view(whole.shape))
         return y.view(shape).to(dtype)
-    used = slots >= 0
     whole[rows[used]] = h[used].view(-1, *whole.shape[1:]).to(whole.dtype)
     return y.masked_fill(~used[:, None], 0).view(shape).to(dtype)
 
