@@ -118,6 +118,27 @@ def test_failures_are_told_where_that_is_asked_for(capfd):
     assert "rnn" not in capfd.readouterr().err
 
 
+def test_failures_are_told_by_compiled_calls(capfd):
+    (cell,) = (c for c in CELLS if c.name == "tanh")
+    args = sample(cell, 1, 2048, 2, scale=8.0)
+    options = {"cell": "tanh", "algorithm": "newton", "chunk": 32, "max_passes": 1}
+
+    def run(on_fail):
+        compiled = torch.compile(
+            lambda *a: recurra.rnn(*a, on_fail=on_fail, **options)[0] * 2,
+            backend="aot_eager",
+            fullgraph=True,
+        )
+        return compiled(*args)
+
+    with pytest.raises(RuntimeError, match=r"rnn: newton did not converge for \d of 2 sequences"):
+        run("raise")
+    y = run("warn")
+    assert "Warning: rnn: newton did not converge for" in capfd.readouterr().err
+    assert same_bits(y, run("sequential"))
+    assert "rnn" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("algorithm", ["newton", "newton-global"])
 def test_nan_stays_in_its_row_and_after_its_time(algorithm):
     (cell,) = (c for c in CELLS if c.name == "paragru")
