@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import stat
@@ -14,6 +15,8 @@ from torch.autograd import gradcheck
 
 import recurra
 from recurra.jit import compile as compiling
+from recurra.jit import gpu
+from recurra.jit import source as jit_source
 
 compiler = pytest.mark.skipif(compiling.compiler() is None, reason="no C++ compiler")
 nvrtc = pytest.mark.skipif(
@@ -159,6 +162,43 @@ def test_gradients(leaky):
 
 
 @compiler
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_models(leaky, packed):
+    """A call is one node, of any length, with the results and gradients that it has alone."""
+
+    def model(x, params, h0, ends):
+        y, h_last, *_ = recurra.rnn(torch.sin(x), params, h0, cell=leaky, cu_seqlens=ends)
+        return torch.tanh(y), h_last
+
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for T in (5, 9):
+        x, params, h0 = example(B=1, T=T)
+        ends = torch.tensor([0, 2, T]) if packed else None
+        h0 = h0.detach().expand(2, -1, -1).clone().requires_grad_() if packed else h0
+        results = []
+        for run in (model, compiled):
+            y, h_last = run(x, params, h0, ends)
+            results.append(
+                (y, h_last, *torch.autograd.grad(y.sum() + h_last.sum(), (x, params, h0)))
+            )
+        for got, want in zip(*results, strict=True):
+            assert torch.equal(got, want)
+        with torch.no_grad():
+            assert torch.equal(compiled(x, params, h0, ends)[0], results[0][0])
+    with pytest.raises(RuntimeError, match="rnn: x must have G = 2"):
+        compiled(x[:, :, :1], params, h0, ends)
+
+
+@compiler
+def test_a_backward_keeps_its_cell(cache):
+    x, params, h0 = example(T=3)
+    y = recurra.jit.cell(LEAKY)(x, params, h0)[0]
+    gc.collect()
+    y.sum().backward()
+    assert params.grad.any()
+
+
+@compiler
 def test_lazy_negation(leaky):
     def negated(t):
         """t, as what torch gets from the imaginary part of a conjugate: memory holds -t."""
@@ -296,6 +336,44 @@ def test_cubin(cache, monkeypatch):
         recurra.jit.cell(wrong).cubin()
     with pytest.raises(RuntimeError, match="jit.cell: "):
         cell.cubin("sm_1")
+
+
+@nvrtc
+def test_nvrtc_counts_what_a_step_keeps():
+    """As it runs, wherever the text has the functions, and with the lines where it cannot."""
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        arch="sm_90",
+        std="c++20",
+        device_as_default_execution_space=True,
+        use_bundled_headers=False,
+        include_path=[recurra.include_path(), f"{recurra.include_path()}/recurra"],
+        define_macro=("RECURRA_ISA", "cuda"),
+    )
+    more = """
+    auto again = [](auto v) { return tanh(v); };
+    auto u = again(again(again(softplus(x) + silu(x))));
+    for (int i = 0; i < 40; ++i) u = exp(u);
+    // tanh(u)
+    """
+    source = LEAKY.replace("auto f =", f"{more}auto f =").replace(
+        "return pack(", "return pack(u + "
+    )
+    struct, info = jit_source.read(source)
+
+    def count(source):
+        program = gpu.program(source, struct, info).rpartition("#include")[0]
+        program += '#include "recurra/rnn/kept.h"\nnamespace recurra::RECURRA_ISA {\n'
+        program += "static_assert(count_kept<RECURRA_CELL>() == 2 + 3 + 4 + 40);\n}"
+        return Program(program, "c++", options).compile("cubin")
+
+    assert count(source)
+    with pytest.raises(Exception, match=r"assert.*failed|static assertion"):
+        count(source.replace("again(again(", "again(("))
+    line = next(n for n, text in enumerate(source.split("\n"), 1) if "auto u =" in text)
+    with pytest.raises(Exception, match=rf"must have a constant value[\s\S]*cell.h\({line}\)"):
+        count(source.replace("{ return tanh(v)", "{ static int n; ++n; return tanh(v)"))
 
 
 def test_cubin_without_cuda_core(cache, monkeypatch):

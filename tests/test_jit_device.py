@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import threading
 import weakref
 from types import SimpleNamespace
@@ -74,6 +75,7 @@ def machine(monkeypatch):
         cuKernelGetFunction=lambda kernel: (here._here(f"kernel {kernel}"), kernel),
         cuFuncGetAttribute=lambda what, function: (here._here(f"{what} {function}"), 1),
         cuLaunchKernel=here.launch,
+        cuDriverGetVersion=lambda: (0, 13000),
     )
     core = SimpleNamespace(ObjectCode=SimpleNamespace(from_cubin=here.from_cubin))
     monkeypatch.setattr(gpu, "_driver", lambda: driver)
@@ -83,6 +85,7 @@ def machine(monkeypatch):
         "cubin",
         lambda whole, arch, names: (b"code", {name: str(n) for n, name in enumerate(names)}),
     )
+    monkeypatch.setattr(compiling, "nvrtc_version", lambda: (13, 0))
     monkeypatch.setattr(compiling, "compiler", lambda: None)
     for name, function in {
         "device": lambda on: contextlib.nullcontext(),
@@ -179,10 +182,38 @@ def test_what_the_driver_refuses(machine):
         launch(cell)
 
 
-def test_limits_of_a_gpu_are_told_there(machine):
-    more = " + ".join(["tanh(get<0>(inputs))"] * 33)
-    cell = recurra.jit.cell(SOURCE.replace("get<0>(inputs))", f"{more})"))
-    for call in (lambda: launch(cell), cell.cubin):
-        with pytest.raises(ValueError, match="Sum must have at most 32 elementary"):
-            call()
+@pytest.mark.parametrize(
+    "nvrtc, driver, message",
+    [
+        ((13, 5), 13000, None),
+        ((12, 9), 13000, None),
+        ((12, 9), 12020, None),  # code of a later minor version is taken
+        ((13, 5), 12080, r"NVRTC 13.5, .* of CUDA 12.8, .*: pip install 'recurra\[cuda12\]'"),
+        ((14, 0), 13010, r"NVRTC 14.0, .* of CUDA 13.1, does not load: a later driver"),
+    ],
+)
+def test_nvrtc_must_fit_the_driver(machine, monkeypatch, nvrtc, driver, message):
+    monkeypatch.setattr(compiling, "nvrtc_version", lambda: nvrtc)
+    gpu._driver().cuDriverGetVersion = lambda: (0, driver)
+    cell = recurra.jit.cell(SOURCE)
+    if message is None:
+        launch(cell)
+        return
+    with pytest.raises(RuntimeError, match=message):
+        launch(cell)
     assert not machine.told
+
+
+@pytest.mark.parametrize("cuda, extra", [("12.8", "cuda12"), ("13.0", "cuda"), (None, "cuda")])
+def test_an_old_nvrtc(monkeypatch, cuda, extra):
+    nvrtc = SimpleNamespace(nvrtcVersion=lambda: (0, 12, 4))
+    for name, module in {
+        "cuda": SimpleNamespace(),
+        "cuda.bindings": SimpleNamespace(nvrtc=nvrtc),
+        "cuda.bindings.nvrtc": nvrtc,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    said = rf"NVRTC must be that of CUDA 12.6 or later, got 12.4: pip install 'recurra\[{extra}\]'"
+    with pytest.raises(RuntimeError, match=said):
+        compiling.nvrtc_version.__wrapped__()

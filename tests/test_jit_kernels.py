@@ -13,30 +13,10 @@ import recurra
 from recurra.jit import compile as compiling
 from recurra.jit import gpu
 from recurra.jit.call import Sequences
-from support import ROOT, same_bits
+from support import LEAKY_CELL, ROOT, same_bits
 
 pytestmark = pytest.mark.skipif(compiling.compiler() is None, reason="no C++ compiler")
 
-CELL = """
-struct Leaky {
-  static constexpr const char* name = "leaky";
-  static constexpr auto inputs = names("x", "gate");
-  static constexpr auto states = names("h", "mean");
-  static constexpr auto params = names("a", "rate");
-  static constexpr auto affine_params = affine(Affine{0, 0, 0});
-  static constexpr int output = 0;
-
-  template <class X, class H, class P>
-  RECURRA_FN static auto step(X inputs, H states, P params) {
-    auto [x, gate] = inputs;
-    auto [h, mean] = states;
-    auto [a, rate] = params;
-    auto f = sigmoid(rate * gate);
-    auto candidate = tanh(fma(a, h, x));
-    return pack(fma(f, h, (1 - f) * candidate), fma(f, mean, (1 - f) * h));
-  }
-};
-"""
 # How tests/cpp starts kernels: what a rule of CUDA that is broken throws comes back as text.
 ENTRY = """
 #include <cstdio>
@@ -68,7 +48,7 @@ class Emulated:
     """As gpu.Device."""
 
     def __init__(self, cell, folder) -> None:
-        (folder / "cell.cpp").write_text(gpu.program(CELL, cell._struct, cell.info) + ENTRY)
+        (folder / "cell.cpp").write_text(gpu.program(LEAKY_CELL, cell._struct, cell.info) + ENTRY)
         include = recurra.include_path()
         (folder / "recurra").mkdir()  # where the headers of the package look for it
         shim = f'#include "{ROOT}/tests/cpp/cuda_emulator.h"\n'
@@ -98,7 +78,7 @@ class Emulated:
 def leaky(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECURRA_JIT_CACHE", str(tmp_path_factory.mktemp("cells")))
-        cell = recurra.jit.cell(CELL)
+        cell = recurra.jit.cell(LEAKY_CELL)
         device = Emulated(cell, tmp_path_factory.mktemp("emulated"))
         yield cell._library(), gpu.Kernels(cell.info, device), device
 
@@ -142,11 +122,3 @@ def test_the_bits_are_those_of_the_cpu(leaky, kind, dtype):
         ("backward", wide, blocks, 64),
         ("sums", wide, 2 * -(-N // 16), 128),
     ]
-
-
-def test_a_step_of_too_many_functions():
-    parts = gpu.text.read(CELL)
-    source = CELL.replace("auto f =", f"auto more = {' + '.join(['softplus(x)'] * 15)};\nauto f =")
-    gpu.program(source + "// tanh(x)", *parts)
-    with pytest.raises(ValueError, match="leaky must have at most 32 .* on a GPU.* got 33"):
-        gpu.program(source + "tanh(x)", *parts)

@@ -94,7 +94,7 @@ struct AffineList {
   Affine entry[N ? N : 1];
 
   // Where in the list a parameter is, or -1.
-  constexpr RECURRA_FN int find(int param) const {
+  RECURRA_CONSTANT_FN int find(int param) const {
     for (int i = 0; i < N; ++i)
       if (entry[i].param == param) return i;
     return -1;

@@ -5,9 +5,14 @@
 #pragma once
 #include "math/functions.h"
 
+// Of constants; where RECURRA_FN is constexpr itself, it may not be said twice (rnn/countable.h).
+#ifndef RECURRA_CONSTANT_FN
+#define RECURRA_CONSTANT_FN constexpr RECURRA_FN
+#endif
+
 namespace recurra::RECURRA_ISA {
 
-constexpr RECURRA_FN int count_bits(unsigned mask) {
+RECURRA_CONSTANT_FN int count_bits(unsigned mask) {
   int count = 0;
   for (; mask; mask &= mask - 1) ++count;
   return count;

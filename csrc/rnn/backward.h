@@ -5,6 +5,9 @@
 #pragma once
 #include "math/taped.h"
 #include "rnn/chain.h"
+#if defined(RECURRA_CELL)
+#include "rnn/kept.h"
+#endif
 
 namespace recurra::cuda::rnn_detail {
 
@@ -27,11 +30,13 @@ struct Backward : Inputs<T> {
         all_states(args.dy.size[2] > 1) {}
 };
 
-// More elementary functions than a step has, and as many as recurra.jit allows.
+// What a step keeps on a tape: of the library's own cells at most so much.
 #if defined(RECURRA_CELL)
-constexpr int kMostFunctions = 32;
+template <class Cell>
+constexpr int kKept = count_kept<Cell>();
 #else
-constexpr int kMostFunctions = 16;
+template <class Cell>
+constexpr int kKept = 16;
 #endif
 
 struct Discard {
@@ -39,12 +44,17 @@ struct Discard {
   template <class T>
   RECURRA_FN void keep(T) {}
 };
-template <class T>
+template <class T, int Most>
 struct Recorder {
   static constexpr bool replays = false;
-  T v[kMostFunctions];
+  T v[Most + 1];  // a step may keep nothing
   int count = 0;
-  RECURRA_FN void keep(T x) { v[count++] = x; }
+  RECURRA_FN void keep(T x) {
+#if defined(RECURRA_CUDA_EMULATOR)
+    if (count == Most) emulator::fail("keeps more of a step than its tape has room for");
+#endif
+    v[count++] = x;
+  }
 };
 template <class T>
 struct Player {
@@ -77,7 +87,7 @@ RECURRA_FN void taped_step(const T* x, const T* h, const T* p, T* out, Tape& tap
 
 // Inputs, states, and parameters whose derivative is not that of the input they enter with.
 template <class Cell>
-constexpr RECURRA_FN unsigned directions() {
+RECURRA_CONSTANT_FN unsigned directions() {
   constexpr int first = Sizes<Cell>::G + Sizes<Cell>::S;
   unsigned mask = (1u << first) - 1;
   for (int p = 0; p < Sizes<Cell>::P; ++p)
@@ -89,7 +99,7 @@ constexpr RECURRA_FN unsigned directions() {
 template <class Cell, class T>
 RECURRA_FN void step_back(const T* x, const T* h, const T* params, T* mu, T* dparams, T* dx) {
   constexpr int G = Sizes<Cell>::G, S = Sizes<Cell>::S, P = Sizes<Cell>::P;
-  Recorder<T> recorder;
+  Recorder<T, kKept<Cell>> recorder;
   T ignored[S];
   taped_step<Cell>(x, h, params, ignored, recorder);
   Player<T> tape{recorder.v};

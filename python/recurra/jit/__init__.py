@@ -10,48 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recurra._check import check_offsets, fail
+from recurra._check import fail
 from recurra.jit import compile as compiling
-from recurra.jit import gpu
+from recurra.jit import gpu, op
 from recurra.jit import source as text
-from recurra.jit.call import Sequences
 from recurra.jit.compile import CompileError
 from recurra.jit.cpu import Library
-from recurra.ops import _register
-from recurra.ops.rnn import _CHUNK, _LANES, _fake_forward
+from recurra.ops.rnn import check_options
 
 __all__ = ["Cell", "CompileError", "cell"]
-
-
-class _Backward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, library, sequences, *tensors):
-        return library.backward(sequences, *tensors)
-
-    @staticmethod
-    def backward(ctx, *cotangents):
-        raise RuntimeError("recurra: second derivative of rnn is not implemented")
-
-
-class _Rnn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, library, sequences, results, x, params, h0):
-        y, h_last, passes, mismatch = results
-        padded = -(-x.shape[3] // _LANES) * _LANES
-        saved = h_last.new_empty(sequences.chunks(_CHUNK), h_last.shape[1], padded)
-        library.forward(sequences, x, params, h0, y, h_last, saved)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(passes, mismatch)
-        ctx.library, ctx.sequences = library, sequences
-        ctx.save_for_backward(saved, x, params, h0)
-        return results
-
-    @staticmethod
-    def backward(ctx, dy, dh_last, *_):
-        dy, dh_last = (None if d is None else d.resolve_neg() for d in (dy, dh_last))
-        gradients = _Backward.apply(ctx.library, ctx.sequences, dy, dh_last, *ctx.saved_tensors)
-        needed = ctx.needs_input_grad[3:]
-        return None, None, None, *(g if n else None for g, n in zip(gradients, needed, strict=True))
 
 
 class Cell:
@@ -71,6 +38,7 @@ class Cell:
         self._kernels = gpu.Kernels(self.info, gpu.Device(source, self._struct, self.info))
         if compiling.compiler() is not None:
             self._library()
+        self._number = op.number_of(self)
 
     def __repr__(self) -> str:
         info = self.info
@@ -82,19 +50,23 @@ class Cell:
             self._libraries[isa] = Library(self.source, self._struct, self.info)
         return self._libraries[isa]
 
+    def engine(self, device: torch.device) -> Library | gpu.Kernels:
+        """What computes with tensors on a device."""
+        return self._library() if device.type == "cpu" else self._kernels
+
     def cubin(self, arch: str = "sm_90") -> bytes:
         """The machine code of the forward and the backward for a GPU, by NVRTC.
 
-        Needs the extra ``cuda`` of the package and no GPU. What it compiles is kept, so that the
-        first call on a GPU of that architecture only loads it.
+        Needs the extra ``cuda`` or ``cuda12`` of the package and no GPU. What it compiles is kept,
+        so that the first call on a GPU of that architecture only loads it.
 
         Args:
             arch: the architecture, such as "sm_80", "sm_90" or "sm_120".
 
         Raises:
             CompileError: the source does not compile.
-            RuntimeError: ``cuda.core`` or NVRTC is not installed, or does not know ``arch``.
-            ValueError: the step has more elementary functions than a kernel has room for.
+            RuntimeError: ``cuda.core`` or NVRTC is not installed, or too old, or does not know
+                ``arch``.
         """
         return gpu.cubin(gpu.program(self.source, self._struct, self.info), arch)[0]
 
@@ -116,21 +88,7 @@ class Cell:
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What :func:`recurra.rnn` does for this cell; ``algorithm`` is "auto" or "sequential"."""
-        with torch.no_grad():
-            y, h_last, passes, mismatch = _fake_forward(
-                "rnn",
-                x,
-                params,
-                h0,
-                cell=self.info,
-                algorithm=algorithm,
-                chunk=chunk,
-                max_passes=max_passes,
-                on_fail=on_fail,
-                return_states=return_states,
-                reset=reset,
-                cu_seqlens=cu_seqlens,
-            )
+        check_options("rnn", algorithm, on_fail, chunk, max_passes)
         if algorithm not in ("auto", "sequential"):
             fail(
                 "rnn",
@@ -139,31 +97,15 @@ class Cell:
             )
         if x.device.type not in ("cpu", "cuda"):
             fail("rnn", f"x must be on cpu or cuda for a cell of recurra.jit, got {x.device.type}")
-        on_cpu = x.device.type == "cpu"
-        offsets = None
-        if cu_seqlens is not None and on_cpu:
-            offsets = check_offsets("rnn", cu_seqlens, x.shape[1])
-        # The kernels read the memory, to which a negation that torch has put off is unknown.
-        x, params = x.resolve_neg(), params.resolve_neg()
-        h0 = None if h0 is None else h0.resolve_neg()
-        recorded = _register.differentiated("rnn", (x, params, h0))
-        if torch._C._are_functorch_transforms_active():
-            raise RuntimeError(
-                "recurra: rnn with a cell of recurra.jit under torch.func is not implemented; use "
-                "torch.autograd"
-            )
-        if reset is not None and recorded:
-            reset = reset.clone()  # the backward reads it, whatever was written there since
-        packed = None if on_cpu else cu_seqlens
-        if packed is not None and recorded:
-            packed = packed.clone()
-        sequences = Sequences(h_last.shape[0], x.shape[1], offsets, reset, packed)
-        results = (y, h_last, passes.zero_(), mismatch.zero_())
-        library = self._library() if on_cpu else self._kernels
-        if recorded:
-            return _Rnn.apply(library, sequences, results, x, params, h0)
-        library.forward(sequences, x, params, h0, y, h_last, None)
-        return results
+        return op.rnn(
+            x,
+            params,
+            h0,
+            cell=self._number,
+            return_states=return_states,
+            reset=reset,
+            cu_seqlens=cu_seqlens,
+        )
 
 
 def cell(source: str) -> Cell:

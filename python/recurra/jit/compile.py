@@ -184,6 +184,7 @@ def library(program: str, engine: str, text: str) -> Path:
 
 # ---- NVRTC ---------------------------------------------------------------------------------------
 
+_LEAST_NVRTC = (12, 6)
 # Without fma the bits are those of the CPU.
 _NVRTC = (
     ("std", "c++20"),
@@ -193,6 +194,12 @@ _NVRTC = (
     ("define_macro", ("RECURRA_ISA", "cuda")),
     ("disable_warnings", True),
 )
+
+
+def _install() -> str:
+    """How to get the packages for the CUDA of this torch."""
+    old = (torch.version.cuda or "").startswith("12.")
+    return f"pip install 'recurra[{'cuda12' if old else 'cuda'}]'"
 
 
 def cuda_core():
@@ -205,8 +212,7 @@ def cuda_core():
         import cuda.core
     except ImportError as error:
         raise RuntimeError(
-            f"jit.cell: compiling for CUDA needs the package cuda-core: pip install "
-            f"'recurra[cuda]' ({error})"
+            f"jit.cell: compiling for CUDA needs the package cuda-core: {_install()} ({error})"
         ) from None
     return cuda.core
 
@@ -247,19 +253,30 @@ def cubin(program: str, arch: str, kernels: tuple[str, ...]) -> tuple[bytes, dic
         names = [name.decode() if isinstance(name, bytes) else name for name in names]
         return "\n".join(names).encode() + b"\0" + built.code
 
-    version = f"{core.__version__} {_nvrtc_version()}"
+    version = f"{core.__version__} {nvrtc_version()}"
     data = cached(".cubin", ["nvrtc", version, arch, repr(_NVRTC), *kernels, program], make)[1]
     names, _, code = data.partition(b"\0")
     return code, dict(zip(kernels, names.decode().split("\n"), strict=True))
 
 
 @functools.cache
-def _nvrtc_version() -> str:
+def nvrtc_version() -> tuple[int, int]:
+    """The version of CUDA that NVRTC is of.
+
+    Raises:
+        RuntimeError: it is not installed, or is too old.
+    """
     try:
         from cuda.bindings import nvrtc
 
-        return " ".join(str(part) for part in nvrtc.nvrtcVersion()[1:])
+        error, *version = nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:
         raise RuntimeError(
-            f"jit.cell: compiling for CUDA needs NVRTC: pip install 'recurra[cuda]' ({error})"
+            f"jit.cell: compiling for CUDA needs NVRTC: {_install()} ({error})"
         ) from None
+    least, got = (".".join(map(str, v)) for v in (_LEAST_NVRTC, version))
+    if tuple(version) < _LEAST_NVRTC:
+        raise RuntimeError(
+            f"jit.cell: NVRTC must be that of CUDA {least} or later, got {got}: {_install()}"
+        )
+    return tuple(version)

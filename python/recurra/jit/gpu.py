@@ -16,25 +16,16 @@ from recurra.ops.rnn import CellInfo
 
 # Of csrc/rnn/chain.h, backward.h and rnn.h.
 _THREADS, _COLUMNS, _PARTS, _SPAN, _LANES = 64, 16, 8, 64, 16
-_MOST_KEPT = 32  # kMostFunctions
 _KERNELS = ("forward", "backward", "sums")
 
 _lock = threading.Lock()
 
 
 def program(source: str, struct: str, info: CellInfo) -> str:
-    """What NVRTC compiles. Tapes come before the dual numbers that other headers bring.
-
-    Raises:
-        ValueError: the step has more elementary functions than a kernel has room for.
-    """
-    if (most := text.kept(source)) > _MOST_KEPT:
-        raise ValueError(
-            f"jit.cell: the step of {info.name} must have at most {_MOST_KEPT} elementary "
-            f"functions on a GPU, softplus and silu as two, got {most}"
-        )
+    """What NVRTC compiles. Tapes come before the dual numbers that other headers bring."""
     cell = text.program(source, struct, info)
-    return f'#include "recurra/math/taped.h"\n{cell}#include "recurra/rnn/jit_kernels.h"\n'
+    first = '#include "recurra/rnn/countable.h"\n#include "recurra/math/taped.h"\n'
+    return f'{first}{cell}#include "recurra/rnn/jit_kernels.h"\n'
 
 
 def _name(kernel: str, wide: bool) -> str:
@@ -48,6 +39,21 @@ def cubin(whole: str, arch: str) -> tuple[bytes, dict[str, str]]:
     return compiling.cubin(whole, arch, names)
 
 
+def _check_driver() -> None:
+    """Refuses code that the driver would: that of a later major version of CUDA than its own."""
+    error, number = _driver().cuDriverGetVersion()
+    _done(error)
+    made = compiling.nvrtc_version()
+    if made[0] <= number // 1000:
+        return
+    has = f"{number // 1000}.{number % 1000 // 10}"
+    other = "a later driver" if number // 1000 != 12 else "pip install 'recurra[cuda12]'"
+    raise RuntimeError(
+        f"rnn: a cell of recurra.jit is compiled by NVRTC {made[0]}.{made[1]}, whose code the "
+        f"driver, of CUDA {has}, does not load: {other}"
+    )
+
+
 # Never unloaded: a captured graph may replay kernels when no cell is left that has them. Equal
 # cells share them.
 @functools.cache
@@ -58,13 +64,14 @@ def _load(whole: str, index: int) -> dict:
     cannot be captured.
 
     Raises:
-        RuntimeError: a CUDA graph is being captured.
+        RuntimeError: a CUDA graph is being captured, or the driver is too old for NVRTC.
     """
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "rnn: a cell of recurra.jit must have run once before a CUDA graph is captured"
         )
     core = compiling.cuda_core()
+    _check_driver()
     major, minor = torch.cuda.get_device_capability(index)
     code, found = cubin(whole, f"sm_{major}{minor}")
     library = core.ObjectCode.from_cubin(code)
@@ -104,7 +111,7 @@ class Device:
 
     @functools.cached_property
     def program(self) -> str:
-        """What :func:`program` returns, or raises, for the cell."""
+        """What :func:`program` returns for the cell."""
         return program(*self._cell)
 
     def launch(self, kernel: str, wide: bool, blocks: int, threads: int, call: Call, on) -> None:
@@ -113,7 +120,6 @@ class Device:
         Raises:
             RuntimeError: the driver refuses it, or the kernel is not loaded and a CUDA graph is
                 being captured.
-            ValueError: as :func:`program`.
         """
         with torch.cuda.device(on):
             index = torch.cuda.current_device()

@@ -13,7 +13,6 @@ _COMMENT = re.compile(r'("(?:[^"\\\n]|\\.)*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
 _STRUCT = re.compile(r"\b(?:struct|class)\s+([A-Za-z_]\w*)\s*(?:final\s*)?\{")
 _NAMESPACE = re.compile(r"\bnamespace\s+recurra\s*::\s*RECURRA_ISA\s*\{")
 _NAME = re.compile(r'\bname\s*=\s*"(\w+)"')
-_FUNCTION = re.compile(r"\b(exp|sigmoid|tanh|softplus|silu)\s*\(")
 _OUTPUT = re.compile(r"\boutput\s*=\s*(\d+)\s*;")
 
 
@@ -60,13 +59,6 @@ def read(source: str) -> tuple[str, CellInfo]:
     struct = structs[-1] if _NAMESPACE.search(text) else f"jit::{structs[-1]}"
     called = name[1] if name else structs[-1]
     return struct, CellInfo(called, inputs, states, params, states[int(output[0])], {})
-
-
-def kept(source: str) -> int:
-    """The most numbers that a tape of csrc/math/taped.h holds of a step, by the functions that the
-    text names."""
-    text = _COMMENT.sub(lambda found: found[1] or " ", source)
-    return sum(1 + (name in ("softplus", "silu")) for name in _FUNCTION.findall(text))
 
 
 def program(source: str, struct: str, info: CellInfo) -> str:
