@@ -32,7 +32,7 @@ LIMITS = {
     "_ops_cuda.so": 2 * MIB,
     "_xla_cuda.so": 2 * MIB,
     "librecurra.so": 20 * MIB,
-    "librecurra_cuda.so": 40 * MIB,
+    "librecurra_cuda.so": 40_000_000,
 }
 # What is linked to librecurra_cuda.so and finds it beside, wherever the package lies.
 ON_CUDA_KERNELS = ("_ops_cuda.so", "_xla_cuda.so")

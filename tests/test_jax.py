@@ -390,6 +390,10 @@ def test_cuda_calls_are_compiled_where_there_is_no_gpu():
     assert "custom_call @recurra(" in lowered("cuda")
     assert lowered("cuda") == lowered("cpu")
     rj.check_status(jax.devices("cpu")[0])
+    with jax.set_mesh(jax.make_mesh((1,), ("rows",), devices=jax.devices("cpu")[:1])):
+        rj.check_status()
+    with jax.default_device("cpu"):
+        rj.check_status()
 
 
 def test_without_its_library_cuda_is_told_why():
@@ -413,8 +417,11 @@ def test_without_its_library_cuda_is_told_why():
         try:
             scan.trace(x).lower(lowering_platforms=("cuda",))
         except ValueError as error:
-            assert "linear_scan: this computation is placed on cuda, and recurra.jax has no CUDA "
-            "kernels here, since its library cannot be loaded (/nowhere/" in str(error), error
+            want = (
+                "linear_scan: this computation is placed on cuda, and recurra.jax has no CUDA "
+                "kernels here, since its library cannot be loaded (/nowhere/"
+            )
+            assert want in str(error), error
             assert "build it where nvcc is on the PATH, or place it with" in str(error), error
         else:
             raise AssertionError("not refused")

@@ -190,6 +190,28 @@ def test_compiled_models(leaky, packed):
 
 
 @compiler
+def test_compiled_graphs_know_a_cell_by_its_text(leaky):
+    """Since torch keeps graphs on disk for other processes, where another cell may come first."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    x, params, h0 = (t.detach() for t in example())
+    again = recurra.jit.cell(leaky.source)
+    other = recurra.jit.cell(leaky.source.replace("leaky", "softer"))
+    for cell in (leaky, again, other):
+        torch.compile(lambda x, cell=cell: cell(x, params, h0)[0], backend=keep)(x)
+    texts = [graph.code for graph in graphs]
+    assert texts[0] == texts[1] != texts[2]
+    want = leaky(x, params, h0)[0]
+    del again
+    gc.collect()
+    assert torch.equal(torch.compile(lambda x: leaky(x, params, h0)[0], backend="eager")(x), want)
+
+
+@compiler
 def test_a_backward_keeps_its_cell(cache):
     x, params, h0 = example(T=3)
     y = recurra.jit.cell(LEAKY)(x, params, h0)[0]

@@ -97,7 +97,8 @@ def library_paths() -> list[str]:
 
     A C++ program opens them with ``dlopen`` after libtorch and then finds ``recurra::linear_scan``
     and the others in torch's dispatcher. The first one holds all schemas and the CPU kernels; a
-    second one, where there is one, the CUDA kernels.
+    second one, where there is one, the ops on CUDA, whose kernels are in lib/librecurra_cuda.so
+    beside it.
     """
     return list(_loaded.values())
 

@@ -377,19 +377,23 @@ def check_status(device: jax.Device | None = None) -> None:
 
     Their values lie on the device and are not checked when a call runs there, which would wait for
     it: kernels clamp them and leave a mark. This function waits for all that was put on the device,
-    by torch as well, and then reads the marks and takes them away. On the CPU, where the call
-    itself raises, it returns at once.
+    by torch as well, and then reads the marks and takes them away. It speaks of calls whose results
+    are ready (``jax.block_until_ready``): JAX may not have started others yet. On the CPU, where
+    the call itself raises, it returns at once.
 
     Args:
-        device: the one that JAX places computations on when None.
+        device: an NVIDIA GPU or a CPU; the one that JAX places computations on when None.
 
     Raises:
         RuntimeError: an argument of an op had such values since this was last called; a sentence
             for each.
     """
     if device is None:
-        device = jnp.zeros(()).device
-    if device.platform != "gpu" or _cuda is None:
+        place = jax.config.jax_default_device  # a device, the name of a platform, or None
+        named = isinstance(place, jax.Device)
+        device = place if named else jax.local_devices(backend=place)[0]
+    cuda = device.platform == "gpu" and "rocm" not in device.client.platform_version
+    if not cuda or _cuda is None:
         return
     said = ctypes.create_string_buffer(4096)
     failed = _cuda.recurra_cuda_status(device.local_hardware_id, said, ctypes.c_size_t(len(said)))

@@ -370,8 +370,9 @@ def _targets(op: str, shape: tuple[int, ...], kind: str) -> tuple[Target, ...]:
             return (Target("recurra", "floor", 1 / 0.6), Target("transposed", "recurra", 1.4), bf16)
         return (Target("recurra", "floor", 1.6), bf16)
     if op == "softmax_scan":
-        layout = (Target("transposed", "recurra", 1.4),) if kind == FORWARD else ()
-        return (Target("recurra", "floor", 2.0), *layout, bf16)
+        if kind == FORWARD:
+            return (Target("recurra", "floor", 2.0), Target("transposed", "recurra", 1.4), bf16)
+        return (Target("recurra", "floor", 1.6), bf16)
     layout = (Target("transposed", "recurra", 1.4),) if kind == FORWARD else ()
     return (
         Target("recurra", "floor", 3.0),

@@ -1,13 +1,13 @@
 """The calls of compiled cells as ops of torch, which torch.compile takes as they are.
 
-An op knows its cell by number, since a schema has no objects: one of a process, for the life of
-the cell.
+An op knows its cell by number, since a schema has no objects. The number comes from the text, so
+that a graph that torch keeps on disk is never run with another cell by another process.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
+import hashlib
 import weakref
 from typing import TYPE_CHECKING
 
@@ -36,21 +36,21 @@ _register.LIBRARY.define(
 rnn = torch.ops.recurra._jit_rnn.default
 _backward_op = torch.ops.recurra._jit_rnn_backward.default
 
-_numbers = itertools.count()
-_cells: weakref.WeakValueDictionary[int, Cell] = weakref.WeakValueDictionary()
+# Cells of one text are alike: any that somebody has will do.
+_cells: dict[int, weakref.WeakSet[Cell]] = {}
 
 
 def number_of(cell: Cell) -> int:
-    """A number by which ops find a cell as long as somebody has it."""
-    number = next(_numbers)
-    _cells[number] = cell
+    """A number by which ops find a cell as long as somebody has it, or another of its text."""
+    number = int.from_bytes(hashlib.sha256(cell.source.encode()).digest()[:7], "big")
+    _cells.setdefault(number, weakref.WeakSet()).add(cell)
     return number
 
 
 def _cell(number: int) -> Cell:
-    if (cell := _cells.get(number)) is None:
-        fail("rnn", f"cell number {number} of recurra.jit must be kept, but is no more")
-    return cell
+    for cell in _cells.get(number, ()):
+        return cell
+    fail("rnn", "a compiled call needs its cell of recurra.jit, but there is none of its text")
 
 
 def _outputs(save: bool, x, params, h0=None, *, cell, cu_seqlens=None, **options):
