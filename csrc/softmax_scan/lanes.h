@@ -27,7 +27,8 @@ struct Row {
   T x[kWidest<T>] __attribute__((aligned(64)));
 };
 
-// How channels are cut: wide rows where nothing needs a tile, and enough tasks in any case.
+// How channels are cut: wide rows where nothing needs a tile, enough tasks in any case, and into
+// spans of like width.
 struct Cut {
   int64_t width, spans;
 };
@@ -36,7 +37,8 @@ RECURRA_INLINE Cut cut(const View<3>& lead, bool in_place, int64_t runs) {
   const bool time_first = lead.step(2) != 1 && (lead.step(1) == 1 || lead.step(1) == -1);
   int64_t width = in_place ? kWidest<T> : time_first ? kTiled<T> / 2 : kTiled<T>;
   const auto spans = [&] { return (lead.size[2] + width - 1) / width; };
-  while (width > (time_first ? kLanes : 64) && runs * spans() < (time_first ? 8 : 2)) width /= 2;
+  while (width > (time_first ? kLanes : 64) && runs * spans() < 8) width /= 2;
+  if (spans() > 1) width = (lead.size[2] + spans() * kLanes - 1) / (spans() * kLanes) * kLanes;
   return {width, spans()};
 }
 
