@@ -62,6 +62,27 @@ def test_every_size_of_block_and_remainder(k):
                 assert same_bits(x[:, :, n : n + 1], y), (k, N, n)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_of_four_have_the_same_bits_in_any_layout(dtype, reverse):
+    """Where they lie side by side they are worked on as they lie, elsewhere by lanes."""
+    draw = Draw(4)
+    A = draw.uniform(-0.5, 0.5, 2, 37, 69, 4, 4, dtype=dtype)
+    b, dh = (draw.normal(2, 37, 69, 4, dtype=dtype) for _ in range(2))
+    h0 = draw.normal(2, 69, 4, dtype=torch.promote_types(dtype, torch.float32))
+
+    def both(*x):
+        x = [v.detach().requires_grad_() for v in x]
+        h, last = block_scan(*x, reverse=reverse)
+        return [h, last, *torch.autograd.grad([h, last], x, [dh, h0])]
+
+    apart = torch.empty(2, 37, 69, 4, 5, dtype=dtype)[..., :4].copy_(A)
+    turned = A.mT.contiguous().mT
+    for other in (apart, turned):
+        for x, y in zip(both(A, b, h0), both(other, b, h0), strict=True):
+            assert same_bits(x, y)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 9), (2, 1, 9), (1, 1, 1), (2, 40, 1), (1, 40, 9)])
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_shared_matrix_is_the_sum_of_its_copies(shape, turned):

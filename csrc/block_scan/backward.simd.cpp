@@ -2,7 +2,7 @@
 // matrix that steps share is summed where it is computed, sixteen steps at a time, and leaves the
 // task once; one that only sequences or blocks share joins its sums step by step. No sum depends on
 // how blocks are cut.
-#include "block_scan/blocks.h"
+#include "block_scan/fours.h"
 
 namespace recurra::RECURRA_ISA {
 namespace {
@@ -95,10 +95,17 @@ void run(const BlockScanBackward& args) {
   const int64_t count = args.h.size[0] * args.h.size[1] * blocks * k;
   const bool stream = count * item_size(args.h.dtype) >= kStreamFrom;
   const bool back = !args.reverse;  // the walk is against the scan
+  const bool by_fours = fours::served(args);
 
   parallel_unless(count * k < kSerialBelow, runs * shape.spans, [&](int64_t task) {
     const int64_t run = task / shape.spans, first = task % shape.spans * shape.width;
     const int64_t width = blocks - first < shape.width ? blocks - first : shape.width;
+    if constexpr (kHasFours<T>)
+      if (by_fours) {  // nothing is summed, so that a run is one sequence
+        fours::walk_back<T>(args, run, first, width, stream);
+        if (stream) fence();
+        return;
+      }
     const int64_t entries_of_span = shape.width / kLanes * k * k * kLanes;
     Rows<T, kSpanVectors> carry;
     Rows<T, kSpanMatrices> held, sixteen, total;
