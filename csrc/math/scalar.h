@@ -43,6 +43,7 @@ RECURRA_FN double max(double a, double b) { return a > b ? a : b; }
 RECURRA_FN float select(bool m, float a, float b) { return m ? a : b; }
 RECURRA_FN double select(bool m, double a, double b) { return m ? a : b; }
 RECURRA_FN bool any(bool m) { return m; }
+RECURRA_FN bool all(bool m) { return m; }
 
 template <class T>
 RECURRA_FN T round_number(T a) {

@@ -202,6 +202,19 @@ RECURRA_INLINE bool any(Mask<T> m) {
   return out;
 }
 
+template <class T>
+RECURRA_INLINE bool all(Mask<T> m) {
+  constexpr int K = Mask<T>::K;
+  bool out = true;
+  RECURRA_EACH out &= Reg<T>::all(m.m[k]);
+  return out;
+}
+// Whether the sign is that of a negative number, of zeros too.
+template <class T>
+RECURRA_INLINE Mask<T> negative(Vec<T> a) {
+  RECURRA_MAP(Mask<T>, out.m[k] = Reg<T>::negative(a.r[k]))
+}
+
 // The sum of the lanes by one fixed tree, lane i with lane i + 8, then 4, 2, 1.
 template <class T>
 RECURRA_INLINE T sum(Vec<T> v) {

@@ -82,6 +82,8 @@ struct Reg<float> {
   static RECURRA_INLINE M eq(V a, V b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
   static RECURRA_INLINE V select(M m, V a, V b) { return _mm256_blendv_ps(b, a, m); }
   static RECURRA_INLINE bool any(M m) { return _mm256_movemask_ps(m) != 0; }
+  static RECURRA_INLINE bool all(M m) { return _mm256_movemask_ps(m) == 0xff; }
+  static RECURRA_INLINE M negative(V a) { return a; }  // a mask is known by its signs
   static RECURRA_INLINE float sum(V v) {
     const __m128 b = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
@@ -228,6 +230,8 @@ struct Reg<double> {
   static RECURRA_INLINE M eq(V a, V b) { return _mm256_cmp_pd(a, b, _CMP_EQ_OQ); }
   static RECURRA_INLINE V select(M m, V a, V b) { return _mm256_blendv_pd(b, a, m); }
   static RECURRA_INLINE bool any(M m) { return _mm256_movemask_pd(m) != 0; }
+  static RECURRA_INLINE bool all(M m) { return _mm256_movemask_pd(m) == 0xf; }
+  static RECURRA_INLINE M negative(V a) { return a; }  // a mask is known by its signs
   static RECURRA_INLINE double sum(V v) {
     const __m128d b = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     return _mm_cvtsd_f64(_mm_add_sd(b, _mm_unpackhi_pd(b, b)));

@@ -58,6 +58,8 @@ struct Reg<float> {
   static RECURRA_INLINE M eq(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
   static RECURRA_INLINE V select(M m, V a, V b) { return _mm512_mask_blend_ps(m, b, a); }
   static RECURRA_INLINE bool any(M m) { return m != 0; }
+  static RECURRA_INLINE bool all(M m) { return m == 0xffff; }
+  static RECURRA_INLINE M negative(V a) { return _mm512_movepi32_mask(_mm512_castps_si512(a)); }
   static RECURRA_INLINE float sum(V v) {
     const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -165,6 +167,8 @@ struct Reg<double> {
   static RECURRA_INLINE M eq(V a, V b) { return _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ); }
   static RECURRA_INLINE V select(M m, V a, V b) { return _mm512_mask_blend_pd(m, b, a); }
   static RECURRA_INLINE bool any(M m) { return m != 0; }
+  static RECURRA_INLINE bool all(M m) { return m == 0xff; }
+  static RECURRA_INLINE M negative(V a) { return _mm512_movepi64_mask(_mm512_castpd_si512(a)); }
   static RECURRA_INLINE double sum(V v) {
     const __m256d a = _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
     const __m128d b = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));

@@ -71,6 +71,8 @@ struct ScalarReg {
   static RECURRA_INLINE bool eq(T a, T b) { return a == b; }
   static RECURRA_INLINE T select(bool m, T a, T b) { return m ? a : b; }
   static RECURRA_INLINE bool any(bool m) { return m; }
+  static RECURRA_INLINE bool all(bool m) { return m; }
+  static RECURRA_INLINE bool negative(T a) { return std::signbit(a); }
   static RECURRA_INLINE T sum(T v) { return v; }
 };
 

@@ -77,9 +77,12 @@ void test_vec_of() {
     check(">", select(va > vb, va, vc), [&](int i) { return a[i] > b[i] ? a[i] : c[i]; });
     check(">=", select(va >= vb, va, vc), [&](int i) { return a[i] >= b[i] ? a[i] : c[i]; });
     check("==", select(va == vb, va, vc), [&](int i) { return a[i] == b[i] ? a[i] : c[i]; });
-    bool some = false;
-    for (int i = 0; i < N; ++i) some |= a[i] < b[i];
+    bool some = false, numbers = true;
+    for (int i = 0; i < N; ++i) some |= a[i] < b[i], numbers &= a[i] == a[i];
     CHECK(any(va < vb) == some, "any");
+    CHECK(all(va == va) == numbers, "all");
+    check("negative", select(negative(va), vb, vc),
+          [&](int i) { return std::signbit(a[i]) ? b[i] : c[i]; });
 
     T n[N], finite[N], positive[N];
     for (int i = 0; i < N; ++i) {
