@@ -452,6 +452,20 @@ def _weights(x: Rounded, y: Rounded) -> tuple[Rounded, Rounded, Tensor]:
     return pick(above), pick(~above), unsure
 
 
+def _output_weights(f: Rounded, g: Rounded, ratio: Rounded, exact) -> tuple[Rounded, Rounded]:
+    """Those of the state times e^{decay - bonus}, or by exponentials of their own where the kernel
+    takes these. No sample comes so near to the limits that it might go either way."""
+    inside = (ratio.value <= 1e13) & (ratio.value >= 1e-13)
+    quick = (f * ratio, g)
+    holds = inside & (torch.minimum(quick[0].value, quick[1].value) >= 1e-24)
+
+    def pick(one: Rounded, other: Rounded) -> Rounded:
+        value = torch.where(holds, one.value, other.value)
+        return Rounded(one.unit, value, torch.where(holds, one.error, other.error))
+
+    return pick(quick[0], exact[0]), pick(quick[1], exact[1])
+
+
 def softmax_scan(dtype, cotangents, s, v, h0=None, *, decay=None, bonus=None, cu_seqlens=None):
     """The equations at the head of csrc/softmax_scan/softmax_scan.h."""
     u = unit(dtype)
@@ -466,6 +480,7 @@ def softmax_scan(dtype, cotangents, s, v, h0=None, *, decay=None, bonus=None, cu
     last, dh0 = (_zeros(u, S, 3, D) for _ in range(2))
     slower = torch.zeros(D, dtype=torch.float64) if decay is None else double(decay)
     more = None if bonus is None else Rounded(u, double(bonus))
+    ratio = None if more is None else (more.exact(slower) - more).exp()
     for rows, n, steps in walks(B, T, cu_seqlens):
         k, val, dk, start, end = (
             score[rows][:, steps],
@@ -500,15 +515,19 @@ def softmax_scan(dtype, cotangents, s, v, h0=None, *, decay=None, bonus=None, cu
         if more is None:
             weight, total = c[:, 1:], a[:, 1:]
         else:
-            p, r, _ = _weights(top[:, :-1], k + more)
+            p, r = _output_weights(f, g, ratio, _weights(top[:, :-1], k + more)[:2])
             weight, total = p * c0 + r, p * a0 + r * val
         mean = total / weight
         _put(o, (rows, steps), mean)
         inverse = weight.exact(torch.ones_like(weight.value)) / weight
         y = dk * inverse
-        to_a, to_c = y, -(y * (total * inverse))
-        if more is not None:  # the output has read the state before its step
-            past_a, past_c = p * to_a, p * to_c
+        if more is None:
+            to_a, to_c = y, -(y * (total * inverse))
+        else:  # the output has read the state before its step
+            older, now = p * inverse, r * inverse
+            middle = older * a0 + now * val
+            past_a = older * dk
+            past_c = -(past_a * middle)
             to_a, to_c = _joined(past_a[:, 1:], zero), _joined(past_c[:, 1:], zero)
         A, C = scan_back(f, to_a, end[:, 2]), scan_back(f, to_c, end[:, 1])
 
@@ -534,8 +553,8 @@ def softmax_scan(dtype, cotangents, s, v, h0=None, *, decay=None, bonus=None, cu
         own, passed = stacked(own[::-1]), stacked(passed[::-1])
         dk_s, dk_v = g * (C[:, 1:] + val * A[:, 1:]) + own, g * A[:, 1:]
         if more is not None:
-            now = r * y
-            extra = now * (val - total * inverse)
+            now = now * dk
+            extra = now * (val - middle)
             dk_s, dk_v = dk_s + extra, dk_v + now
             _put(to_bonus, (rows, steps), extra)
         _put(ds, (rows, steps), dk_s)

@@ -117,6 +117,42 @@ def test_huge_scores_stay_finite(dtype, with_decay, with_bonus):
         assert (o - _attention(**args)).abs().max() < 1e-10
 
 
+def _far_apart(dtype):
+    """Weights of the output that follow from those of the state, and such as do not."""
+    draw, D = Draw(5), 64
+    return {
+        "s": draw.uniform(-60, 60, 2, 70, D, dtype=dtype),
+        "v": draw.normal(2, 70, D, dtype=dtype),
+        "decay": draw.uniform(0, 50, D, dtype=dtype),
+        "bonus": draw.uniform(-50, 50, D, dtype=dtype),
+    }
+
+
+def test_weights_far_apart():
+    args = {k: x.requires_grad_() for k, x in _far_apart(torch.float64).items()}
+    o, want = softmax_scan(**args)[0], _attention(**args)
+    assert (o - want).abs().max() < 1e-12
+    do = Draw(6).normal(2, 70, 64, dtype=torch.float64)
+    got = torch.autograd.grad(o, args.values(), do)
+    for name, x, y in zip(args, got, torch.autograd.grad(want, args.values(), do), strict=True):
+        assert (x - y).abs().max() < 1e-11, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_far_apart_concern_their_channel_alone(dtype):
+    """Channels of a vector have the bits of each alone, however the weights of the others come."""
+    args = {k: x.requires_grad_() for k, x in _far_apart(dtype).items()}
+    do = Draw(6).normal(2, 70, 64, dtype=dtype)
+    outputs = softmax_scan(**args)
+    grads = torch.autograd.grad(outputs[0], args.values(), do)
+    for c in range(0, 64, 5):
+        alone = {k: x[..., c : c + 1].detach().requires_grad_() for k, x in args.items()}
+        one = softmax_scan(**alone)
+        assert all(same_bits(x[..., c : c + 1], y) for x, y in zip(outputs, one, strict=True))
+        one_grads = torch.autograd.grad(one[0], alone.values(), do[..., c : c + 1])
+        assert all(same_bits(x[..., c : c + 1], y) for x, y in zip(grads, one_grads, strict=True))
+
+
 @pytest.mark.parametrize("top", [-torch.inf, -1e38, torch.finfo(torch.float32).min])
 @every_form
 def test_an_empty_state_is_none(top, with_decay, with_bonus):

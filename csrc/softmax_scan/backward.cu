@@ -14,11 +14,6 @@ namespace softmax_scan_detail {
 constexpr int kGroups = static_cast<int>(kSoftmaxChunk) / kAhead;
 constexpr int kLanes = 32;
 
-// The cotangents of a state, that of the maximum being what it has of its own.
-template <class T>
-struct Cotangents {
-  T excess, C, A;
-};
 // What a part makes of those after it: what it adds, and the factors of excess and of C and A.
 template <class T>
 struct Reduced {
@@ -84,58 +79,23 @@ struct Backward {
   }
 };
 
-// The cotangent of the maximum from what it has of its own, or the other way.
-template <class T>
-RECURRA_FN T shared_part(const Cotangents<T>& d, const State<T>& h) {
-  return fma(d.C, h.c, d.A * h.a);
-}
-
 template <class T>
 RECURRA_FN T sum_of_warp(T value) {
   for (int by = kLanes / 2; by > 0; by /= 2) value += __shfl_xor_sync(0xffffffffu, value, by);
   return value;
 }
 
-// One step against time: `before` and `after` are the states around it and `small` e^{-|x - s|}.
+// The part of the maximum in one step against time, whose score it may have come from.
 template <class T>
-struct StepGradient {
-  T s, v, bonus;
-};
-template <class T>
-RECURRA_FN StepGradient<T> reverse(Reduced<T>& r, const State<T>& before, const State<T>& after,
-                                   T small, T s, T v, T cotangent, T decay, bool has_bonus) {
-  Cotangents<T>& d = r.own;
-  if (!has_bonus) {
-    const T inverse = after.c == T(0) ? T(0) : T(1) / after.c, y = cotangent * inverse;
-    d.A = d.A + y;
-    d.C = fma(-y, after.a * inverse, d.C);
-  }
-  const T x = before.m - decay;
+RECURRA_FN void reverse_maximum(Reduced<T>& r, T x, T s, Gradients<T>& to, T& to_decay) {
+  T& excess = r.own.excess;
   const bool above = s > x;
-  const Weights<T> w = weights(x, s, small);
-  const T shared = x == s ? T(0.5) * d.excess : T(0);
-  StepGradient<T> out{fma(w.y, fma(v, d.A, d.C), above ? d.excess : shared), w.y * d.A, T(0)};
-  d.excess = above ? T(0) : d.excess - shared;
+  const T shared = x == s ? T(0.5) * excess : T(0), to_score = above ? excess : shared;
+  // Nothing is added where there is nothing, so that zeros keep their sign.
+  if (!(to_score == T(0))) to.s = to.s + to_score;
+  excess = above ? T(0) : excess - shared;
+  if (!(excess == T(0))) to_decay = to_decay - excess;
   r.of_excess = above ? T(0) : x == s ? T(0.5) * r.of_excess : r.of_excess;
-  d.C = w.x * d.C;
-  d.A = w.x * d.A;
-  r.factor = w.x * r.factor;
-  return out;
-}
-// What a bonus adds to it, after what belongs to the decay was taken.
-template <class T>
-RECURRA_FN void reverse_bonus(Cotangents<T>& d, StepGradient<T>& out, const State<T>& before, T s,
-                              T v, T cotangent, T bonus) {
-  const Weights<T> w = weights(before.m, s + bonus);
-  const T den = fma(w.x, before.c, w.y);
-  const T inverse = den == T(0) ? T(0) : T(1) / den, y = cotangent * inverse;
-  const T o = fma(w.x, before.a, w.y * v) * inverse;
-  const T now = w.y * y, older = w.x * y;
-  out.bonus = now * (v - o);
-  out.v = out.v + now;
-  out.s = out.s + out.bonus;
-  d.A = d.A + older;
-  d.C = fma(-older, o, d.C);
 }
 
 // reduce: only what a part makes of the cotangents after it.
@@ -164,8 +124,8 @@ __global__ void __launch_bounds__(kThreads, 1) walk_back(const Backward<S> p) {
     const S* const from_s = p.in.s.at(w.batch, first, w.c);
     const S* const from_v = p.in.v.at(w.batch, first, w.c);
     const S* const from_o = p.d_o.data ? p.d_o.at(w.batch, first, w.c) : nullptr;
-    const T decay = p.in.decay_at(w.c), bonus = p.in.bonus.at(w.c);
-    const bool has_bonus = p.in.bonus.data != nullptr;
+    const T decay = p.in.decay_at(w.c), bonus = p.in.bonus_at(w.c);
+    const T ratio = output_ratio(decay, bonus);
     Reduced<T> r{{T(0), T(0), T(0)}, T(1), T(1)};
     if (w.ends)
       r.own = p.given(w.n, w.c);
@@ -206,19 +166,29 @@ __global__ void __launch_bounds__(kThreads, 1) walk_back(const Backward<S> p) {
           if (from + i >= end) continue;
           const T x = states[i].m - decay;
           small[i] = exp_minus_abs(x - s[i]);
-          states[i + 1] = advance(states[i], x, weights(x, s[i], small[i]), s[i], v[i]);
+          states[i + 1] = advance(states[i], x, weights_where(s[i] > x, small[i]), s[i], v[i]);
         }
         if (w.ends && end == w.length && g == groups - 1)
           r.own.excess = r.own.excess - shared_part(r.own, states[kAhead]);
 #pragma unroll
         for (int i = kAhead - 1; i >= 0; --i) {
           if (from + i >= end) continue;
-          StepGradient<T> to =
-              reverse(r, states[i], states[i + 1], small[i], s[i], v[i], d_o[i], decay, has_bonus);
-          if (p.to_decay) sum_decay = sum_decay - (shared_part(r.own, states[i]) + r.own.excess);
-          if (has_bonus) reverse_bonus(r.own, to, states[i], s[i], v[i], d_o[i], bonus);
+          const State<T> state = states[i];
+          const T x = state.m - decay;
+          const Weights<T> f = weights_where(s[i] > x, small[i]);
+          Gradients<T> to{T(0), T(0), T(0), T(0)};
+          if (p.in.bonus.data) {
+            const Weights<T> read = output_weights(f, ratio, state.m, s[i], bonus);
+            to = reverse_output(read, state, v[i], d_o[i]);
+            sum_bonus = sum_bonus + to.s;
+          } else {
+            reverse_output(r.own, states[i + 1].c, states[i + 1].a, d_o[i]);
+          }
+          sum_decay = add_to_decay(sum_decay, r.own, f, state);
+          reverse_state(r.own, f, v[i], to);
+          r.factor = f.x * r.factor;
+          reverse_maximum(r, x, s[i], to, sum_decay);
           if (reduce) continue;
-          sum_bonus = sum_bonus + to.bonus;
           const int64_t t = first + from + i;
           if (real) store(p.dv.at(w.batch, t, w.c), to.v);
           if (!p.partial) {

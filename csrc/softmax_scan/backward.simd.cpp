@@ -10,7 +10,8 @@ namespace {
 
 using namespace softmax;
 
-constexpr int kHeld = kParts + 1;  // m, c and a after a step, and e^{-|x - s|}
+// m, c and a after a step, and e^{-|x - s|}, with the sign of minus where s is above x.
+constexpr int kHeld = kParts + 1;
 
 template <class T>
 struct Held {
@@ -23,17 +24,32 @@ template <class T>
 struct StateRows {
   const T* m;
   int64_t apart;
-  RECURRA_INLINE State<T> at(int64_t c) const {
+  RECURRA_INLINE State<Vec<T>> at(int64_t c) const {
     return {Vec<T>::load(m + c), Vec<T>::load(m + apart + c), Vec<T>::load(m + 2 * apart + c)};
   }
 };
 
-// What a span has along the walk: its parameters and their gradients, and the cotangent of the
-// state, in which the maximum is what it has of its own.
+// What a span has along the walk: its parameters and their gradients, and the cotangents of the
+// state.
 template <class T>
 struct Span {
-  Row<T> decay, bonus, excess, C, A;
+  Parameters<T> p;
+  Row<T> excess, C, A;
   T *to_decay, *to_bonus;
+
+  Span(const SoftmaxScanInputs& args, int64_t channel, int64_t channels, T* sums)
+      : p(args, channel, channels),
+        to_decay(args.decay ? sums : nullptr),
+        to_bonus(sums + args.padded()) {}
+  RECURRA_INLINE Cotangents<Vec<T>> at(int64_t c) const {
+    return {Vec<T>::load(excess.x + c), Vec<T>::load(C.x + c), Vec<T>::load(A.x + c)};
+  }
+  // Whether any maximum has a cotangent of its own.
+  bool any_excess(int64_t channels) const {
+    for (int64_t c = 0; c < channels; c += kLanes)
+      if (!all(Vec<T>::load(excess.x + c) == T(0))) return true;
+    return false;
+  }
 };
 
 template <DType S, class T>
@@ -42,66 +58,94 @@ RECURRA_INLINE void recompute(const char* s, const char* v, int64_t channels, co
   constexpr int64_t item = item_size(S);
 #pragma GCC unroll 2
   for (int64_t c = 0; c < channels; c += kLanes) {
-    const State<T> state = before.at(c);
-    const Vec<T> score = load_stored<T, S>(s + c * item), x = state.m - Vec<T>::load(decay.x + c);
-    const Vec<T> small = exp_minus_abs(x - score);
-    const State<T> after =
-        advance(state, x, weights(x, score, small), score, load_stored<T, S>(v + c * item));
+    const State<Vec<T>> state = before.at(c);
+    const Vec<T> score = load_stored<T, S>(s + c * item), value = load_stored<T, S>(v + c * item),
+                 x = state.m - Vec<T>::load(decay.x + c), small = exp_minus_abs(x - score);
+    const auto above = score > x;
+    const State<Vec<T>> after = advance(state, x, weights_where(above, small), score, value);
     after.m.store(held[0] + c);
     after.c.store(held[1] + c);
     after.a.store(held[2] + c);
-    small.store(held[3] + c);
+    select(above, -small, abs(small)).store(held[3] + c);
   }
 }
 
-template <bool Bonus, DType S, class T>
-RECURRA_INLINE void reverse(const char* s, const char* v, const char* d_o, char* ds, char* dv,
-                            int64_t channels, bool past, const StateRows<T>& before,
-                            const T (&held)[kHeld][Held<T>::kStride], Span<T>& span) {
+// What a step against time reads and writes.
+struct StepRows {
+  const char *s, *v, *d_o;
+  char *ds, *dv;
+  bool past;
+};
+
+// Sixteen channels of it. Unless `exact`, nothing is done where the weights of an output need an
+// exponential of their own.
+template <bool Bonus, bool exact, DType S, class T>
+RECURRA_INLINE bool reverse_lanes(const StepRows& rows, int64_t c, bool has_excess,
+                                  const StateRows<T>& before,
+                                  const T (&held)[kHeld][Held<T>::kStride], Span<T>& span) {
   constexpr int64_t item = item_size(S);
-  const Vec<T> zero(T(0)), one(T(1)), half(T(0.5));
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    Vec<T> C = Vec<T>::load(span.C.x + c), A = Vec<T>::load(span.A.x + c),
-           excess = Vec<T>::load(span.excess.x + c);
-    const State<T> previous = before.at(c);
-    const Vec<T> score = load_stored<T, S>(s + c * item), value = load_stored<T, S>(v + c * item);
-    const Vec<T> cotangent = d_o ? load_stored<T, S>(d_o + c * item) : zero;
-    if (!Bonus) {
-      const Vec<T> den = Vec<T>::load(held[1] + c);
-      const Vec<T> inverse = select(den == zero, zero, one / den), y = cotangent * inverse;
-      A = A + y;
-      C = fma(-y, Vec<T>::load(held[2] + c) * inverse, C);
+  const Vec<T> zero(T(0));
+  const Vec<T> value = load_stored<T, S>(rows.v + c * item), small = Vec<T>::load(held[3] + c);
+  const Vec<T> cotangent = rows.d_o ? load_stored<T, S>(rows.d_o + c * item) : zero;
+  const State<Vec<T>> state = before.at(c);
+  const auto above = negative(small);
+  const Weights<Vec<T>> w = weights_where(above, abs(small));
+  Cotangents<Vec<T>> d = span.at(c);
+  Gradients<Vec<T>> to{zero, zero, zero, zero};
+  if constexpr (Bonus) {
+    const Vec<T> ratio = Vec<T>::load(span.p.ratio.x + c);
+    Weights<Vec<T>> read;
+    if constexpr (exact) {
+      read = output_weights(w, ratio, state.m, load_stored<T, S>(rows.s + c * item),
+                            Vec<T>::load(span.p.bonus.x + c));
+    } else {
+      read = output_weights(w, ratio);
+      if (!all(accurate(read))) [[unlikely]]
+        return false;
     }
-    const Vec<T> x = previous.m - Vec<T>::load(span.decay.x + c);
-    const auto above = score > x;
-    const auto [f, g] = weights(x, score, Vec<T>::load(held[3] + c));
-    const Vec<T> shared = select(x == score, half * excess, zero);
-    Vec<T> to_s = fma(g, fma(value, A, C), select(above, excess, shared));
-    Vec<T> to_v = g * A;
-    excess = select(above, zero, excess - shared);
-    C = f * C;
-    A = f * A;
-    if (span.to_decay)
-      (Vec<T>::load(span.to_decay + c) - (fma(C, previous.c, A * previous.a) + excess))
-          .store(span.to_decay + c);
-    if (Bonus) {
-      const Weights<T> w = weights(previous.m, score + Vec<T>::load(span.bonus.x + c));
-      const Vec<T> den = fma(w.x, previous.c, w.y);
-      const Vec<T> inverse = select(den == zero, zero, one / den), y = cotangent * inverse;
-      const Vec<T> o = fma(w.x, previous.a, w.y * value) * inverse;
-      const Vec<T> now = w.y * y, older = w.x * y, to_score = now * (value - o);
-      to_v = to_v + now;
-      to_s = to_s + to_score;
-      (Vec<T>::load(span.to_bonus + c) + to_score).store(span.to_bonus + c);
-      A = A + older;
-      C = fma(-older, o, C);
-    }
-    C.store(span.C.x + c);
-    A.store(span.A.x + c);
-    excess.store(span.excess.x + c);
-    store_stored<T, S>(ds + c * item, to_s, past);
-    store_stored<T, S>(dv + c * item, to_v, past);
+    to = reverse_output(read, state, value, cotangent);
+    (Vec<T>::load(span.to_bonus + c) + to.s).store(span.to_bonus + c);
+  } else {
+    reverse_output(d, Vec<T>::load(held[1] + c), Vec<T>::load(held[2] + c), cotangent);
   }
+  if (span.to_decay)
+    add_to_decay(Vec<T>::load(span.to_decay + c), d, w, state).store(span.to_decay + c);
+  reverse_state(d, w, value, to);
+  if (has_excess) {
+    const Vec<T> x = state.m - Vec<T>::load(span.p.decay.x + c);
+    const auto equal = x == load_stored<T, S>(rows.s + c * item);
+    const Vec<T> shared = select(equal, Vec<T>(T(0.5)) * d.excess, zero);
+    const Vec<T> to_score = select(above, d.excess, shared);
+    // Nothing is added where there is nothing, so that zeros keep their sign.
+    to.s = select(to_score == zero, to.s, to.s + to_score);
+    d.excess = select(above, zero, d.excess - shared);
+    d.excess.store(span.excess.x + c);
+    if (span.to_decay) {
+      const Vec<T> sum = Vec<T>::load(span.to_decay + c);
+      select(d.excess == zero, sum, sum - d.excess).store(span.to_decay + c);
+    }
+  }
+  d.C.store(span.C.x + c);
+  d.A.store(span.A.x + c);
+  store_stored<T, S>(rows.ds + c * item, to.s, rows.past);
+  store_stored<T, S>(rows.dv + c * item, to.v, rows.past);
+  return true;
+}
+// Apart, so that the loop below keeps nothing for it.
+template <DType S, class T>
+__attribute__((noinline)) void reverse_exact(const StepRows& rows, int64_t c, bool has_excess,
+                                             const StateRows<T>& before,
+                                             const T (&held)[kHeld][Held<T>::kStride],
+                                             Span<T>& span) {
+  reverse_lanes<true, true, S>(rows, c, has_excess, before, held, span);
+}
+template <bool Bonus, DType S, class T>
+RECURRA_INLINE void reverse(const StepRows& rows, int64_t channels, bool has_excess,
+                            const StateRows<T>& before, const T (&held)[kHeld][Held<T>::kStride],
+                            Span<T>& span) {
+  for (int64_t c = 0; c < channels; c += kLanes)
+    if (!reverse_lanes<Bonus, false, S>(rows, c, has_excess, before, held, span))
+      reverse_exact<S>(rows, c, has_excess, before, held, span);
 }
 
 // The sums of the runs, in order.
@@ -135,12 +179,7 @@ void run(const SoftmaxScanBackward& args) {
     const int64_t nc = channels - c0 < shape.width ? channels - c0 : shape.width;
     TileRows<T> s_rows, v_rows, o_rows, ds_rows, dv_rows;
     Held<T> held;
-    Span<T> span;
-    load_decay(args.decay, c0, nc, span.decay);
-    load_parameter(args.bonus, c0, nc, span.bonus);
-    T* const sums = static_cast<T*>(args.sums) + part * 2 * padded + c0;
-    span.to_decay = args.decay ? sums : nullptr;
-    span.to_bonus = sums + padded;
+    Span<T> span(args, c0, nc, static_cast<T*>(args.sums) + part * 2 * padded + c0);
     Row<T>* const carry[] = {&span.excess, &span.C, &span.A};
 
     const int64_t first = part * args.sequences.count / args.parts;
@@ -157,11 +196,9 @@ void run(const SoftmaxScanBackward& args) {
       // in both, so that a state carried from one call to the next brings nothing new.
       const auto exchange = [&](const StateRows<T>& state, bool own) {
         for (int64_t c = 0; c < nc; c += kLanes) {
-          const State<T> h = state.at(c);
-          T* const to = span.excess.x + c;
-          const Vec<T> shared =
-              fma(Vec<T>::load(span.C.x + c), h.c, Vec<T>::load(span.A.x + c) * h.a);
-          (own ? Vec<T>::load(to) - shared : shared + Vec<T>::load(to)).store(to);
+          const Cotangents<Vec<T>> d = span.at(c);
+          const Vec<T> shared = shared_part(d, state.at(c));
+          (own ? d.excess - shared : shared + d.excess).store(span.excess.x + c);
         }
       };
       const int64_t chunks = (seq.length() + kSoftmaxChunk - 1) / kSoftmaxChunk;
@@ -184,8 +221,9 @@ void run(const SoftmaxScanBackward& args) {
         for_storage<T>(in_place ? to_v.dtype : kDType<T>, [&](auto dtype) RECURRA_LAMBDA {
           constexpr DType S = DType(dtype.value);
           for (int64_t t = 0; t < steps; ++t)
-            recompute<S>(s.row(t), v.row(t), nc, span.decay, before(t), held.x[t]);
+            recompute<S>(s.row(t), v.row(t), nc, span.p.decay, before(t), held.x[t]);
           if (k == chunks - 1) exchange(before(steps), true);
+          const bool has_excess = span.any_excess(nc);
           for (int64_t t = steps - 1; t >= 0; --t) {
             // The chunk that comes next, a part of it with every step of this one.
             const int64_t done = steps - 1 - t, from = done * kSoftmaxChunk / steps,
@@ -198,11 +236,10 @@ void run(const SoftmaxScanBackward& args) {
               else
                 prefetch_tile(p->at(t0 - kSoftmaxChunk, from * nc / kSoftmaxChunk), kSoftmaxChunk,
                               end * nc / kSoftmaxChunk - from * nc / kSoftmaxChunk);
-            const char* cotangent = d_o.data ? d_o.row(t) : nullptr;
-            args.bonus ? reverse<true, S>(s.row(t), v.row(t), cotangent, ds.row(t), dv.row(t), nc,
-                                          past, before(t), held.x[t], span)
-                       : reverse<false, S>(s.row(t), v.row(t), cotangent, ds.row(t), dv.row(t), nc,
-                                           past, before(t), held.x[t], span);
+            const StepRows rows{s.row(t),  v.row(t),  d_o.data ? d_o.row(t) : nullptr,
+                                ds.row(t), dv.row(t), past};
+            args.bonus ? reverse<true, S>(rows, nc, has_excess, before(t), held.x[t], span)
+                       : reverse<false, S>(rows, nc, has_excess, before(t), held.x[t], span);
           }
         });
         if (k == 0) exchange(saved, false);

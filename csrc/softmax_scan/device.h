@@ -1,71 +1,23 @@
 // What the CUDA kernels of softmax_scan share: the state of one channel, and how sequences are cut
-// into the pieces that threads walk. The arithmetic is that of lanes.h.
+// into the pieces that threads walk.
 #pragma once
 #include "cuda/split.h"
 #include "cuda/storage.h"
-#include "math/functions.h"
 #include "softmax_scan/softmax_scan.h"
+#include "softmax_scan/step.h"
 
 namespace recurra::cuda::softmax_scan_detail {
 
+using namespace softmax;
+
 constexpr int kThreads = 128;
 constexpr int kAhead = 8;  // steps that are loaded at once; of a chunk there are four times as many
-constexpr int kParts = 3;  // of a state: m, c, a
-
-template <class T>
-constexpr T kEmpty = T(-1e38);
-template <class T>
-constexpr T kLargestDecay = sizeof(T) == 4 ? T(1e30) : T(1e21);
-
-template <class T>
-struct State {
-  T m, c, a;
-};
-
-// e^{x - q} and e^{y - q} for q = max(x, y).
-template <class T>
-struct Weights {
-  T x, y;
-};
-template <class T>
-RECURRA_FN Weights<T> weights(T x, T y, T small) {
-  const bool above = y > x;
-  return {above ? small : T(1), above ? T(1) : small};
-}
-template <class T>
-RECURRA_FN Weights<T> weights(T x, T y) {
-  return weights(x, y, exp_minus_abs(x - y));
-}
-
-// The state after a step, of which x = m - decay and the weights of x and s are known.
-template <class T>
-RECURRA_FN State<T> advance(const State<T>& h, T x, const Weights<T>& w, T s, T v) {
-  return {x == x ? max(x, s) : x, fma(w.x, h.c, w.y), fma(w.x, h.a, w.y * v)};
-}
-
-// A parameter of either dtype, in the type of arithmetic; zero where there is none.
-template <class S>
-struct Parameter {
-  const void* data = nullptr;
-  int64_t step = 0;
-  bool single = false;  // float
-
-  Parameter() = default;
-  explicit Parameter(const View<1>& v)
-      : data(v.data), step(v.step(0)), single(v.dtype == DType::f32) {}
-  RECURRA_FN Compute<S> at(int64_t c) const {
-    using T = Compute<S>;
-    if (!data) return T(0);
-    return single ? static_cast<T>(static_cast<const float*>(data)[c * step])
-                  : load(static_cast<const S*>(data) + c * step);
-  }
-};
 
 template <class S>
 struct Inputs {
   using T = Compute<S>;
   Array<S, 3> s, v;
-  Parameter<S> decay, bonus;
+  Parameters<S, 1> decay, bonus;
   Integers cu_seqlens;
   int64_t sequences = 0, time = 0, channels = 0, padded = 0;
   int64_t parts = 1;  // of a sequence, in whole chunks
@@ -86,7 +38,11 @@ struct Inputs {
         width(channels) {}
 
   RECURRA_FN int64_t tasks() const { return sequences * parts * width; }
-  RECURRA_FN T decay_at(int64_t c) const { return at_most(kLargestDecay<T>, decay.at(c)); }
+  // Zero where there is none.
+  RECURRA_FN T decay_at(int64_t c) const {
+    return decay.data ? at_most(kLargestDecay<T>, decay.at(c)) : T(0);
+  }
+  RECURRA_FN T bonus_at(int64_t c) const { return bonus.data ? bonus.at(c) : T(0); }
   // The row of what is saved before chunk k of sequence n, as Sequences::chunk_row has it. Whatever
   // cu_seqlens are, it is one of chunk_rows().
   RECURRA_FN int64_t chunk_row(int64_t n, int64_t begin, int64_t k) const {

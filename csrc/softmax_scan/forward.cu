@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(kThreads) walk(const Forward<S> p) {
     const int64_t steps = w.steps(), first = steps > 0 ? w.begin + w.start() : 0;
     const S* const from_s = p.in.s.at(w.batch, first, w.c);
     const S* const from_v = p.in.v.at(w.batch, first, w.c);
-    const T decay = p.in.decay_at(w.c), bonus = p.in.bonus.at(w.c);
+    const T decay = p.in.decay_at(w.c), bonus = p.in.bonus_at(w.c);
+    const T ratio = output_ratio(decay, bonus);
     State<T> h{kEmpty<T>, T(0), T(0)};
     if (!reduce) h = p.in.parts > 1 ? p.part_at(w.n, w.part, w.c) : p.initial(slot, w.c);
 
@@ -75,14 +76,15 @@ __global__ void __launch_bounds__(kThreads) walk(const Forward<S> p) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (t + i >= steps) break;
+        const T x = h.m - decay;
+        const Weights<T> f = weights(x, s[i]);
         T den = T(0), num = T(0);
         if (!reduce && p.in.bonus.data) {
-          const Weights<T> b = weights(h.m, s[i] + bonus);
-          den = fma(b.x, h.c, b.y);
-          num = fma(b.x, h.a, b.y * v[i]);
+          const Weights<T> read = output_weights(f, ratio, h.m, s[i], bonus);
+          den = fma(read.x, h.c, read.y);
+          num = fma(read.x, h.a, read.y * v[i]);
         }
-        const T x = h.m - decay;
-        h = advance(h, x, weights(x, s[i]), s[i], v[i]);
+        h = advance(h, x, f, s[i], v[i]);
         if (reduce) continue;
         if (!p.in.bonus.data) den = h.c, num = h.a;
         store(p.o.at(w.batch, first + t + i, w.c), den == T(0) ? T(0) : num / den);

@@ -1,6 +1,6 @@
 // A task is one sequence by one span of channels and walks along time, row by row, so that memory
-// is read and written as it lies. One or two exponentials and a division an element take about as
-// long as two threads wait for the memory.
+// is read and written as it lies. An exponential and a division an element take about as long as
+// two threads wait for the memory.
 #include "softmax_scan/lanes.h"
 
 namespace recurra::RECURRA_ISA {
@@ -8,35 +8,51 @@ namespace {
 
 using namespace softmax;
 
-template <class T>
-struct Parameters {
-  Row<T> decay, bonus;
-};
-
-// One step of a span, whose numbers are stored as S.
+// One step of sixteen channels of a span, whose numbers are stored as S. Unless `exact`, nothing is
+// done where the weights of an output need an exponential of their own.
+template <bool Bonus, bool exact, DType S, class T>
+RECURRA_INLINE bool step(const char* s, const char* v, char* o, int64_t c, bool past,
+                         const Parameters<T>& p, States<T>& h) {
+  constexpr int64_t item = item_size(S);
+  const Vec<T> score = load_stored<T, S>(s + c * item), value = load_stored<T, S>(v + c * item);
+  State<Vec<T>> state = h.at(c);
+  const Vec<T> x = state.m - Vec<T>::load(p.decay.x + c);
+  const Weights<Vec<T>> w = weights(x, score);
+  Vec<T> den, num;
+  if constexpr (Bonus) {
+    const Vec<T> ratio = Vec<T>::load(p.ratio.x + c);
+    Weights<Vec<T>> read;
+    if constexpr (exact) {
+      read = output_weights(w, ratio, state.m, score, Vec<T>::load(p.bonus.x + c));
+    } else {
+      read = output_weights(w, ratio);
+      if (!all(accurate(read))) [[unlikely]]
+        return false;
+    }
+    den = fma(read.x, state.c, read.y);
+    num = fma(read.x, state.a, read.y * value);
+  }
+  state = advance(state, x, w, score, value);
+  if (!Bonus) {
+    den = state.c;
+    num = state.a;
+  }
+  h.put(c, state);
+  store_stored<T, S>(o + c * item, select(den == Vec<T>(T(0)), T(0), num / den), past);
+  return true;
+}
+// Apart, so that the loop below keeps nothing for it.
+template <DType S, class T>
+__attribute__((noinline)) void exact_step(const char* s, const char* v, char* o, int64_t c,
+                                          bool past, const Parameters<T>& p, States<T>& h) {
+  step<true, true, S>(s, v, o, c, past, p, h);
+}
 template <bool Bonus, DType S, class T>
 RECURRA_INLINE void walk(const char* s, const char* v, char* o, int64_t channels, bool past,
                          const Parameters<T>& p, States<T>& h) {
-  constexpr int64_t item = item_size(S);
 #pragma GCC unroll 2
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    const Vec<T> score = load_stored<T, S>(s + c * item), value = load_stored<T, S>(v + c * item);
-    State<T> state = h.at(c);
-    Vec<T> den, num;
-    if (Bonus) {
-      const Weights<T> w = weights(state.m, score + Vec<T>::load(p.bonus.x + c));
-      den = fma(w.x, state.c, w.y);
-      num = fma(w.x, state.a, w.y * value);
-    }
-    const Vec<T> x = state.m - Vec<T>::load(p.decay.x + c);
-    state = advance(state, x, weights(x, score), score, value);
-    if (!Bonus) {
-      den = state.c;
-      num = state.a;
-    }
-    h.put(c, state);
-    store_stored<T, S>(o + c * item, select(den == Vec<T>(T(0)), T(0), num / den), past);
-  }
+  for (int64_t c = 0; c < channels; c += kLanes)
+    if (!step<Bonus, false, S>(s, v, o, c, past, p, h)) exact_step<S>(s, v, o, c, past, p, h);
 }
 
 template <class T>
@@ -65,9 +81,7 @@ void run(const SoftmaxScan& args) {
       }
       return;
     }
-    Parameters<T> parameters;
-    load_decay(args.decay, c0, nc, parameters.decay);
-    load_parameter(args.bonus, c0, nc, parameters.bonus);
+    const Parameters<T> parameters(args, c0, nc);
     States<T> h;
     for (int i = 0; i < kParts; ++i)
       load_row(state_plane(args.h0, slot, i, c0), nc, h.part[i].x, kWidest<T>);

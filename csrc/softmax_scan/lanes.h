@@ -1,7 +1,7 @@
 // What the forward and the backward of softmax_scan share: the state in lanes and how it advances.
 #pragma once
-#include "math/functions.h"
 #include "softmax_scan/softmax_scan.h"
+#include "softmax_scan/step.h"
 #include "tile.h"
 
 namespace recurra::RECURRA_ISA::softmax {
@@ -16,7 +16,6 @@ template <class T>
 constexpr int64_t kRow = kTiled<T> + kLanes;
 constexpr int64_t kAhead = 16;            // rows by which rows are prefetched
 constexpr int64_t kStreamFrom = 8 << 20;  // bytes of output that no cache should hold
-constexpr int kParts = 3;                 // of a state: m, c, a
 
 template <class T>
 struct TileRows {
@@ -70,54 +69,19 @@ Rows write_rows(const Plane& p, bool in_place, int64_t t0, TileRows<T>& rows) {
   return {reinterpret_cast<char*>(rows.x), kRow<T> * static_cast<int64_t>(sizeof(T))};
 }
 
-// The maximum of an empty state, below that of any other; taking a decay away leaves it as it is.
-template <class T>
-constexpr T kEmpty = T(-1e38);
-template <class T>
-constexpr T kLargestDecay = sizeof(T) == 4 ? T(1e30) : T(1e21);
-
-template <class T>
-struct State {
-  Vec<T> m, c, a;
-};
-
 // The states of a span.
 template <class T>
 struct States {
   Row<T> part[kParts];
-  RECURRA_INLINE State<T> at(int64_t c) const {
+  RECURRA_INLINE State<Vec<T>> at(int64_t c) const {
     return {Vec<T>::load(part[0].x + c), Vec<T>::load(part[1].x + c), Vec<T>::load(part[2].x + c)};
   }
-  RECURRA_INLINE void put(int64_t c, const State<T>& h) {
+  RECURRA_INLINE void put(int64_t c, const State<Vec<T>>& h) {
     h.m.store(part[0].x + c);
     h.c.store(part[1].x + c);
     h.a.store(part[2].x + c);
   }
 };
-
-// e^{x - q} and e^{y - q} for q = max(x, y), of which one is 1 and the other e^{-|x - y|}.
-template <class T>
-struct Weights {
-  Vec<T> x, y;
-};
-template <class T>
-RECURRA_INLINE Weights<T> weights(Vec<T> x, Vec<T> y, Vec<T> small) {
-  const Vec<T> one(T(1));
-  const auto above = y > x;
-  return {select(above, small, one), select(above, one, small)};
-}
-template <class T>
-RECURRA_INLINE Weights<T> weights(Vec<T> x, Vec<T> y) {
-  return weights(x, y, exp_minus_abs(x - y));
-}
-
-// The state after a step, of which x = m - decay and the weights of x and s are known.
-template <class T>
-RECURRA_INLINE State<T> advance(const State<T>& h, Vec<T> x, const Weights<T>& w, Vec<T> s,
-                                Vec<T> v) {
-  // max() alone would lose a NaN in x.
-  return {select(x == x, max(x, s), x), fma(w.x, h.c, w.y), fma(w.x, h.a, w.y * v)};
-}
 
 // The part i of the states of sequence n as one row.
 RECURRA_INLINE Plane state_plane(const View<3>& v, int64_t n, int i, int64_t channel) {
@@ -125,18 +89,27 @@ RECURRA_INLINE Plane state_plane(const View<3>& v, int64_t n, int i, int64_t cha
   return {v.at(n, i, channel), v.dtype, 0, v.step(2)};
 }
 
-// A parameter of the span's channels; zeros where it is absent.
+// The parameters of a span's channels, zeros where they are absent, and what outputs take of them.
 template <class T>
-void load_parameter(const View<1>& v, int64_t channel, int64_t channels, Row<T>& row) {
-  Plane p;
-  if (v) p = {v.at(channel), v.dtype, 0, v.step(0)};
-  load_row(p, channels, row.x, kWidest<T>);
-}
-template <class T>
-void load_decay(const View<1>& v, int64_t channel, int64_t channels, Row<T>& row) {
-  load_parameter(v, channel, channels, row);
-  for (int64_t c = 0; c < channels; c += kLanes)
-    at_most(Vec<T>(kLargestDecay<T>), Vec<T>::load(row.x + c)).store(row.x + c);
-}
+struct Parameters {
+  Row<T> decay, bonus, ratio;
+
+  Parameters(const SoftmaxScanInputs& args, int64_t channel, int64_t channels) {
+    load(args.decay, channel, channels, decay);
+    load(args.bonus, channel, channels, bonus);
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const Vec<T> slower = at_most(Vec<T>(kLargestDecay<T>), Vec<T>::load(decay.x + c));
+      slower.store(decay.x + c);
+      output_ratio(slower, Vec<T>::load(bonus.x + c)).store(ratio.x + c);
+    }
+  }
+
+ private:
+  static void load(const View<1>& v, int64_t channel, int64_t channels, Row<T>& row) {
+    Plane p;
+    if (v) p = {v.at(channel), v.dtype, 0, v.step(0)};
+    load_row(p, channels, row.x, kWidest<T>);
+  }
+};
 
 }  // namespace recurra::RECURRA_ISA::softmax

@@ -8,8 +8,11 @@
 //   o_t = (p a_{t-1} + r v_t) / (p c_{t-1} + r)
 //     with q = max(m_{t-1}, s_t + bonus), p = e^{m_{t-1} - q}, r = e^{s_t + bonus - q}
 // and 0 where the denominator is 0, as it is before the first score above -infinity. Of f and g,
-// and of p and r, one is 1: one exponential gives both. m is at least -1e38, which stands for
-// -infinity and can be subtracted; it is that of the empty state (-1e38, 0, 0).
+// and of p and r, one is 1: one exponential gives both. Only the ratio of p and r matters, which is
+// that of f e^{decay - bonus} and g, the exponential a number a channel. These are taken for them,
+// unless one is below 1e-24 or that number not within 1e-13 and 1e13: f or g may have lost digits.
+// m is at least -1e38, which stands for -infinity and can be subtracted; it is that of the empty
+// state (-1e38, 0, 0).
 //
 // Backward, with M, C, A the cotangents of the state after step t and y_t = do_t / c_t: what
 // depends on a state by its outputs alone does not change when m grows by d and c and a shrink by
@@ -20,9 +23,9 @@
 //   ds_t = g_t (C_t + v_t A_t) + E's part,  dv_t = g_t A_t
 //   C_{t-1} = f_t C_t,  A_{t-1} = f_t A_t,  M_{t-1} = C_{t-1} c_{t-1} + A_{t-1} a_{t-1} + E_{t-1}
 //   ddecay -= M_{t-1}
-// and, with a bonus, instead of the first line, y_t = do_t / (p c_{t-1} + r) and
-//   C_{t-1} += -p y_t o_t,  A_{t-1} += p y_t,  dv_t += r y_t
-//   ds_t += r y_t (v_t - o_t),  dbonus += r y_t (v_t - o_t)
+// and, with a bonus, instead of the first line, with P and R being p and r over p c_{t-1} + r
+//   C_{t-1} += -P do_t o_t,  A_{t-1} += P do_t,  dv_t += R do_t
+//   ds_t += R do_t (v_t - o_t),  dbonus += R do_t (v_t - o_t)
 #pragma once
 #include "cuda/indices.h"
 #include "cuda/stream.h"

@@ -1,0 +1,122 @@
+// The arithmetic of one step of softmax_scan, of a channel or of sixteen, the same on the CPU and
+// on CUDA: softmax_scan.h has the mathematics.
+#pragma once
+#include "math/functions.h"
+
+namespace recurra::RECURRA_ISA::softmax {
+
+constexpr int kParts = 3;  // of a state: m, c, a
+
+// The maximum of an empty state, below that of any other; taking a decay away leaves it as it is.
+template <class T>
+constexpr T kEmpty = T(-1e38);
+template <class T>
+constexpr T kLargestDecay = sizeof(T) == 4 ? T(1e30) : T(1e21);
+
+template <Plain V>
+struct State {
+  V m, c, a;
+};
+
+// e^{x - q} and e^{y - q} for q = max(x, y), of which one is 1 and the other `small`, e^{-|x - y|}.
+template <Plain V>
+struct Weights {
+  V x, y;
+};
+template <class Mask, Plain V>
+RECURRA_FN Weights<V> weights_where(Mask above, V small) {
+  const V one(Number<V>(1));
+  return {select(above, small, one), select(above, one, small)};
+}
+template <Plain V>
+RECURRA_FN Weights<V> weights(V x, V y) {
+  return weights_where(y > x, exp_minus_abs(x - y));
+}
+
+// The state after a step, of which x = m - decay and the weights of x and s are known.
+template <Plain V>
+RECURRA_FN State<V> advance(const State<V>& h, V x, const Weights<V>& w, V s, V v) {
+  // max() alone would lose a NaN in x.
+  return {select(x == x, max(x, s), x), fma(w.x, h.c, w.y), fma(w.x, h.a, w.y * v)};
+}
+
+// e^{decay - bonus}, or 0 where it is too far from 1 for what follows.
+template <Plain V>
+RECURRA_FN V output_ratio(V decay, V bonus) {
+  using T = Number<V>;
+  const V zero(T(0)), ratio = exp(decay - bonus);
+  return select(ratio <= V(T(1e13)), select(ratio >= V(T(1e-13)), ratio, zero), zero);
+}
+// With a bonus, the weights of the state and of the score in the output, up to a factor: those of
+// the state after the step, the first times the ratio.
+template <Plain V>
+RECURRA_FN Weights<V> output_weights(const Weights<V>& w, V ratio) {
+  return {w.x * ratio, w.y};
+}
+// Where they hold: not where one is so small that its exponential may have lost digits.
+template <Plain V>
+RECURRA_FN auto accurate(const Weights<V>& output) {
+  return min(output.x, output.y) >= V(Number<V>(1e-24));
+}
+// The same with exponentials of their own where they do not hold.
+template <Plain V>
+RECURRA_FN Weights<V> output_weights(const Weights<V>& w, V ratio, V m, V s, V bonus) {
+  const Weights<V> quick = output_weights(w, ratio);
+  const auto holds = accurate(quick);
+  if (all(holds)) return quick;
+  const Weights<V> exact = weights(m, s + bonus);
+  return {select(holds, quick.x, exact.x), select(holds, quick.y, exact.y)};
+}
+
+template <Plain V>
+RECURRA_FN V inverse_or_zero(V x) {
+  const V zero(Number<V>(0));
+  return select(x == zero, zero, V(Number<V>(1)) / x);
+}
+
+// The cotangents of a state; that of the maximum is what it has of its own.
+template <Plain V>
+struct Cotangents {
+  V excess, C, A;
+};
+// What turns the cotangent of the maximum into that, taken away, and back, added.
+template <Plain V>
+RECURRA_FN V shared_part(const Cotangents<V>& d, const State<V>& h) {
+  return fma(d.C, h.c, d.A * h.a);
+}
+
+// The gradients of one step, and what goes on to the C and A of the state that it read.
+template <Plain V>
+struct Gradients {
+  V s, v, C, A;
+};
+// Of an output with a bonus, from the state before its step.
+template <Plain V>
+RECURRA_FN Gradients<V> reverse_output(const Weights<V>& w, const State<V>& h, V v, V cotangent) {
+  const V inverse = inverse_or_zero(fma(w.x, h.c, w.y));
+  const V p = w.x * inverse, r = w.y * inverse, o = fma(p, h.a, r * v);
+  const V to_v = r * cotangent, to_a = p * cotangent;
+  return {to_v * (v - o), to_v, -(to_a * o), to_a};
+}
+// Of an output without one, from the state after the step, in its cotangents.
+template <Plain V>
+RECURRA_FN void reverse_output(Cotangents<V>& d, V c, V a, V cotangent) {
+  const V inverse = inverse_or_zero(c), y = cotangent * inverse;
+  d.A = d.A + y;
+  d.C = fma(-y, a * inverse, d.C);
+}
+// Of the state, to which those of the output come; all but the part of the maximum.
+template <Plain V>
+RECURRA_FN void reverse_state(Cotangents<V>& d, const Weights<V>& w, V v, Gradients<V>& to) {
+  to.s = fma(w.y, fma(v, d.A, d.C), to.s);
+  to.v = fma(w.y, d.A, to.v);
+  d.C = fma(w.x, d.C, to.C);
+  d.A = fma(w.x, d.A, to.A);
+}
+// The sum of ddecay before the cotangents have gone past a step.
+template <Plain V>
+RECURRA_FN V add_to_decay(V sum, const Cotangents<V>& d, const Weights<V>& w, const State<V>& h) {
+  return fma(-w.x, shared_part(d, h), sum);
+}
+
+}  // namespace recurra::RECURRA_ISA::softmax
