@@ -1,6 +1,7 @@
 // What the CUDA kernels of linear_scan share: elements that may be complex, walks along time that
 // read ahead, and the reduction of parts of time.
 #pragma once
+#include "cuda/carry.h"
 #include "cuda/complex.h"
 #include "cuda/launch.h"
 #include "cuda/split.h"
@@ -30,38 +31,6 @@ template <class S>
 using State = typename Types<S>::State;
 template <class S>
 using Product = typename Types<S>::Product;
-
-RECURRA_FN double widened(float v) { return v; }
-RECURRA_FN double widened(double v) { return v; }
-template <class T>
-RECURRA_FN Complex<double> widened(Complex<T> v) {
-  return {v.re, v.im};
-}
-RECURRA_FN void narrow(double v, float& to) { to = static_cast<float>(v); }
-RECURRA_FN void narrow(double v, double& to) { to = v; }
-template <class T>
-RECURRA_FN void narrow(Complex<double> v, Complex<T>& to) {
-  to = {static_cast<T>(v.re), static_cast<T>(v.im)};
-}
-// What is not finite as a State stays so, though a double holds more.
-RECURRA_FN double limited(double v, const float&) {
-  return abs(v) < 0x1.ffffffp127 ? v : v * __builtin_huge_val();
-}
-RECURRA_FN double limited(double v, const double&) { return v; }
-template <class T>
-RECURRA_FN Complex<double> limited(Complex<double> v, const Complex<T>&) {
-  return {limited(v.re, T()), limited(v.im, T())};
-}
-RECURRA_FN double one(double) { return 1; }
-RECURRA_FN Complex<double> one(Complex<double>) { return {1, 0}; }
-template <Plain V>
-RECURRA_FN bool is_zero(V v) {
-  return v == 0;
-}
-template <class T>
-RECURRA_FN bool is_zero(Complex<T> v) {
-  return v.re == 0 && v.im == 0;
-}
 
 // The exponential, of complex numbers too. Of floats it is exp, bit for bit, without the branch of
 // scale2, which would have one element wait for another.

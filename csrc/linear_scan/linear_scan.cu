@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) combine(const Combine<S> p) {
     Ahead<Product<S>, N> products(p.products, w, p.parts - 1);
     Ahead<State<S>, N> states(p.states, w, p.parts - 1);
     V carry = p.first.data ? load(p.first.at(w.batch, w.c)) : V{};
-    auto exact = widened(carry);  // not rounded from part to part: that would make the chain longer
+    auto exact = widened(carry);
     along<N>(
         p.parts,
         [&](auto batch, int64_t t, int count) {
@@ -106,11 +106,8 @@ __global__ void __launch_bounds__(kThreads) combine(const Combine<S> p) {
             if (i >= count) continue;
             narrow(exact, carry);
             store(p.states.at(w.batch, t + i, w.c), carry);
-            // From a state of zero the part has its own end exactly, even past a product that is
-            // infinite.
-            const auto after = widened(load(&states.item[batch.value][i]));
-            const auto next = fma(load(&products.item[batch.value][i]), exact, after);
-            exact = is_zero(carry) ? after : limited(next, carry);
+            exact = after_part(carry, exact, load(&products.item[batch.value][i]),
+                               widened(load(&states.item[batch.value][i])));
           }
         },
         [&](auto batch) {
