@@ -10,15 +10,16 @@ namespace recurra::cuda {
 
 #if defined(RECURRA_CUDA_EMULATOR)
 // So that the small shapes of tests are split too.
-constexpr int64_t kThreadsToFill = 256, kLeastPart = 8;
+constexpr int64_t kThreadsToFill = 256, kBlocksToFill = 32, kLeastPart = 8;
 #else
-constexpr int64_t kThreadsToFill = 1 << 16, kLeastPart = 256;
+constexpr int64_t kThreadsToFill = 1 << 16, kBlocksToFill = 1 << 9, kLeastPart = 256;
 #endif
 
-// The parts of each sequence for `tasks` threads that would each walk one of up to `time` steps.
-inline int64_t time_parts(int64_t tasks, int64_t time, int64_t least = kLeastPart) {
+// The parts of each sequence for `tasks` threads that would each walk one of up to `time` steps; or
+// for as many blocks of 128 threads, which is what kBlocksToFill counts.
+inline int64_t time_parts(int64_t tasks, int64_t time, int64_t to_fill = kThreadsToFill) {
   if (tasks <= 0) return 1;
-  const int64_t wanted = (kThreadsToFill + tasks - 1) / tasks, most = time / least;
+  const int64_t wanted = (to_fill + tasks - 1) / tasks, most = time / kLeastPart;
   const int64_t parts = wanted < most ? wanted : most;
   return parts < 2 ? 1 : parts;
 }

@@ -5,7 +5,9 @@
 // steps go backwards: their states are computed again and kept in registers, the gates once more
 // where they are needed. Sums over states are taken by shuffles; those over channels by shuffles,
 // then over the four warps, and over the blocks by a kernel of its own. More states than a block
-// holds take turns in every piece, what they carry resting in dh0 and sum_A.
+// holds take turns in every piece, what they carry resting in dh0 and sum_A. Where blocks are too
+// few for a GPU, each walks a part of a sequence, with sums of its own, from what parts.cu finds
+// behind it.
 #include <stdexcept>
 
 #include "cuda/launch.h"
@@ -28,7 +30,7 @@ struct Backward : Inputs<K> {
   using T = typename K::T;
   using Inputs<K>::Inputs;
   Array<S, 3> dy, du, ddelta, dz;
-  Array<typename K::Stored, 3> dh_last, dh0;
+  Array<typename K::Stored, 3> first, dh0;  // dh_last, or where time is split behind each part
   const T* saved;
   T *sum_A, *sum_D, *sum_BC;
 };
@@ -79,14 +81,16 @@ __global__ void __launch_bounds__(kThreads, Whole && sizeof(typename K::S) == 2 
   RECURRA_SHARED(V, B_rows, kChunk * kStates);
   RECURRA_SHARED(V, C_rows, kChunk * kStates);
   RECURRA_SHARED(T, sums, kTimes * kPiece * kThreads);
+  RECURRA_SHARED(Place, place, 1);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int quad = lane / kColumns, column = warp * kColumns * kEach + lane % kColumns;
   const int c = thread % kWidth, share = thread / kWidth;  // in what all threads do
   const int64_t passes = Whole ? 1 : p.passes(kStates);
-  for (int64_t task = blockIdx.x; task < p.sequences * p.blocks.count; task += gridDim.x) {
-    const int64_t n = task / p.blocks.count, span = task % p.blocks.count;
+  for (int64_t task = blockIdx.x; task < p.sequences * p.parts * p.blocks.count;
+       task += gridDim.x) {
+    const int64_t row = task / p.blocks.count, n = row / p.parts, span = task % p.blocks.count;
     const Channels block = p.blocks.at(span);
-    const Extent s = extent(p.cu_seqlens, n, p.time);
+    const Extent s = p.part_at(n, p.parts - 1 - row % p.parts);
     const int64_t length = s.end - s.begin;
     const bool mine = c < block.count;
     const int64_t channel = block.first + (mine ? c : 0);
@@ -107,32 +111,40 @@ __global__ void __launch_bounds__(kThreads, Whole && sizeof(typename K::S) == 2 
     const auto has = [&](int64_t state, int k) {
       return column + k * kColumns < block.count && (Whole || state < p.states);
     };
-    const auto sum_A_at = [&](int64_t d, int64_t state) {
-      return p.sum_A + (n * K::parts * p.states + state) * p.channels + d;
+    const auto sum_A_at = [&](int64_t row, int64_t d, int64_t state) {
+      return p.sum_A + (row * K::parts * p.states + state) * p.channels + d;
     };
+    // A part that is not the last one leaves what it carries where it found it.
+    const bool ends = row % p.parts == p.parts - 1;  // at the first step of the sequence
+    if (thread == 0) place[0] = Place{row, ends ? n : row, p.saved_row(n, s, 0), ends};
+    __syncthreads();
     const auto load_states = [&](int64_t n0, bool first) {
+      const Place at = place[0];
+      const Array<typename K::Stored, 3>& source = first || !at.last ? p.first : p.dh0;
+      const int64_t from = first ? at.row : at.rest;
 #pragma unroll
       for (int k = 0; k < kEach; ++k)
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
           const int64_t state = n0 + quad * kHeld + i, d = block.first + column + k * kColumns;
-          const Array<typename K::Stored, 3>& source = first ? p.dh_last : p.dh0;
           A[k][i] = carry[k][i] = dA[k][i] = V{};
           if (!has(state, k)) continue;
           A[k][i] = p.rate(d, state);
-          if (source.data) carry[k][i] = load(source.at(n, d, state));
-          if (!first) dA[k][i] = K::load(sum_A_at(d, state), p.states * p.channels);
+          if (source.data) carry[k][i] = load(source.at(from, d, state));
+          if (!first) dA[k][i] = K::load(sum_A_at(at.row, d, state), p.states * p.channels);
         }
     };
     const auto store_states = [&](int64_t n0) {
+      const Place at = place[0];
+      const Array<typename K::Stored, 3>& target = at.last ? p.dh0 : p.first;
 #pragma unroll
       for (int k = 0; k < kEach; ++k)
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
           const int64_t state = n0 + quad * kHeld + i, d = block.first + column + k * kColumns;
           if (!has(state, k)) continue;
-          store(p.dh0.at(n, d, state), carry[k][i]);
-          K::store(sum_A_at(d, state), p.states * p.channels, dA[k][i]);
+          store(target.at(at.rest, d, state), carry[k][i]);
+          K::store(sum_A_at(at.row, d, state), p.states * p.channels, dA[k][i]);
         }
     };
     for (int64_t pass = 0; pass < passes; ++pass) {
@@ -158,8 +170,9 @@ __global__ void __launch_bounds__(kThreads, Whole && sizeof(typename K::S) == 2 
     };
 
     T sum_D = T(0), sum_bias = T(0);
-    for (int64_t t0 = (length + kChunk - 1) / kChunk * kChunk - kChunk; t0 >= 0; t0 -= kChunk) {
-      const int steps = static_cast<int>(length - t0 < kChunk ? length - t0 : kChunk);
+    const int64_t last_chunk = length > 0 ? (length - 1) / kChunk * kChunk : -kChunk;
+    int steps = static_cast<int>(length - last_chunk);
+    for (int64_t t0 = last_chunk; t0 >= 0; t0 -= kChunk, steps = kChunk) {
 #pragma unroll 4
       for (int t = share; t < steps; t += kShares) {
         const int64_t time = s.begin + t0 + t;
@@ -197,8 +210,10 @@ __global__ void __launch_bounds__(kThreads, Whole && sizeof(typename K::S) == 2 
 #pragma unroll
               for (int i = 0; i < kHeld; ++i) {
                 const int64_t state = n0 + quad * kHeld + i;
-                const int64_t row = p.saved_row(n, s, t0) * K::parts * p.states + state;
-                const T* const from = p.saved + row * p.blocks.padded;
+                const Place at = place[0];
+                const int64_t saved_row =
+                    (at.saved + t0 / kScanChunk) * K::parts * p.states + state;
+                const T* const from = p.saved + saved_row * p.blocks.padded;
                 h[k][i] = has(state, k) ? K::load(from + block.lane + column + k * kColumns,
                                                   p.states * p.blocks.padded)
                                         : V{};
@@ -328,8 +343,9 @@ __global__ void __launch_bounds__(kThreads, Whole && sizeof(typename K::S) == 2 
         sum_D = sum_D + dt_rows[i * kWidth + c];
         sum_bias = sum_bias + in_rows[i * kWidth + c];
       }
-      p.sum_D[n * p.channels + channel] = sum_D;
-      p.sum_D[(p.sequences + n) * p.channels + channel] = sum_bias;
+      const Place at = place[0];
+      p.sum_D[at.row * p.channels + channel] = sum_D;
+      p.sum_D[(p.sequences * p.parts + at.row) * p.channels + channel] = sum_bias;
     }
     __syncthreads();
   }
@@ -380,23 +396,24 @@ void finish(const Blocks& blocks, const View<4>& to, const Compute<S>* from, int
 
 template <class K>
 void launch_backward(const SelectiveScanBackward& args, const Indices& cu_seqlens,
-                     const Stream& stream) {
+                     const SelectiveScanParts& parts, const Stream& stream) {
   using S = typename K::S;
   using T = typename K::T;
   using Stored = typename K::Stored;
-  Backward<K> p(args, cu_seqlens, backward_channels(args.u.dtype, args.complex));
+  Backward<K> p(args, cu_seqlens, backward_channels(args.u.dtype, args.complex), parts.count);
   p.dy = Array<S, 3>(args.dy);
   p.du = Array<S, 3>(args.du);
   p.ddelta = Array<S, 3>(args.ddelta);
   p.dz = Array<S, 3>(args.dz);
-  p.dh_last = Array<Stored, 3>(args.dh_last);
+  p.first = Array<Stored, 3>(parts.count > 1 ? parts.states : args.dh_last);
   p.dh0 = Array<Stored, 3>(args.dh0);
   p.saved = static_cast<const T*>(args.saved);
   p.sum_A = static_cast<T*>(args.sum_A);
   p.sum_D = static_cast<T*>(args.sum_D);
   p.sum_BC = static_cast<T*>(args.sum_BC);
-  const int64_t tasks = p.sequences * p.blocks.count;
+  const int64_t rows = p.sequences * p.parts, tasks = rows * p.blocks.count;
   if (tasks > 0) {
+    if (p.parts > 1) reduce_parts(args, args.dy, args.dh_last, true, cu_seqlens, parts, stream);
     auto selective_scan_backward = backward<K, false>;
     if constexpr (K::parts == 1)
       if (p.states == 16) selective_scan_backward = backward<K, true>;
@@ -419,16 +436,16 @@ void launch_backward(const SelectiveScanBackward& args, const Indices& cu_seqlen
            {0, 1, dA.stride[1], dA.stride[0], 0}},
           p.sum_A,
           wide,
-          p.sequences},
+          rows},
          stream);
   const View<1>* const vectors[] = {&args.dD, &args.ddelta_bias};
   for (int i = 0; i < 2; ++i) {
     const View<1>& v = *vectors[i];
     if (v)
       add_up({{v.data, v.dtype, {1, 1, v.size[0], 1, 1}, {0, 0, v.stride[0], 0, 0}},
-              p.sum_D + i * p.sequences * p.channels,
+              p.sum_D + i * rows * p.channels,
               wide,
-              p.sequences},
+              rows},
              stream);
   }
 }
@@ -437,9 +454,9 @@ void launch_backward(const SelectiveScanBackward& args, const Indices& cu_seqlen
 using namespace selective_scan_detail;
 
 void selective_scan_backward(const SelectiveScanBackward& args, const Indices& cu_seqlens,
-                             const Stream& stream) {
+                             const SelectiveScanParts& parts, const Stream& stream) {
   with_states(args, "selective_scan: no CUDA kernel for this dtype",
-              [&](auto k) { launch_backward<decltype(k)>(args, cu_seqlens, stream); });
+              [&](auto k) { launch_backward<decltype(k)>(args, cu_seqlens, parts, stream); });
 }
 
 }  // namespace recurra::cuda

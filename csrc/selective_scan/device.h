@@ -1,9 +1,11 @@
-// What the CUDA kernels of selective_scan share: the numbers that states are, their inputs and the
-// channels of a block.
+// What the CUDA kernels of selective_scan share: the numbers that states are, their inputs, the
+// channels of a block and the parts of time.
 #pragma once
 #include <stdexcept>
 
 #include "cuda/complex.h"
+#include "cuda/silu.h"
+#include "cuda/split.h"
 #include "math/functions.h"
 #include "selective_scan/selective_scan.h"
 
@@ -125,9 +127,10 @@ struct Inputs {
   Integers cu_seqlens;
   Blocks blocks;
   int64_t sequences, time, u_rows, channels, states;  // u_rows: B T
+  int64_t parts;                                      // of each sequence
   bool softplus;
 
-  Inputs(const SelectiveScanInputs& args, const Indices& offsets, int64_t width)
+  Inputs(const SelectiveScanInputs& args, const Indices& offsets, int64_t width, int64_t parts)
       : u(args.u),
         delta(args.delta),
         z(args.z),
@@ -143,6 +146,7 @@ struct Inputs {
         u_rows(args.u.size[0] * args.u.size[1]),
         channels(args.u.size[2]),
         states(args.states()),
+        parts(parts),
         softplus(args.delta_softplus) {}
 
   // A of a channel, as `gate` takes it.
@@ -159,11 +163,18 @@ struct Inputs {
   }
   RECURRA_FN T bias_of(int64_t c) const { return bias.data ? bias.at(c) : T(0); }
   RECURRA_FN T skip_of(int64_t c) const { return D.data ? D.at(c) : T(0); }
-  // The row of the states saved before step t of a sequence, as Sequences::chunk_row has it.
+  // Where a part of sequence n lies, which is whole chunks of it; the last parts may be empty.
+  RECURRA_FN Extent part_at(int64_t n, int64_t part) const {
+    const Extent s = extent(cu_seqlens, n, time);
+    const Part chunks = part_of(0, (s.end - s.begin + kScanChunk - 1) / kScanChunk, part, parts);
+    const int64_t begin = s.begin + chunks.begin * kScanChunk;
+    const int64_t end = s.begin + chunks.end * kScanChunk;
+    return {s.batch, begin < s.end ? begin : s.end, end < s.end ? end : s.end};
+  }
+  // The row of the states saved before step t of a part, as Sequences::chunk_row has it.
   RECURRA_FN int64_t saved_row(int64_t n, const Extent& s, int64_t t) const {
-    const int64_t before =
-        cu_seqlens.data ? s.begin / kScanChunk + n : n * ((time + kScanChunk - 1) / kScanChunk);
-    return before + t / kScanChunk;
+    const int64_t before = cu_seqlens.data ? n : n * ((time + kScanChunk - 1) / kScanChunk);
+    return before + s.begin / kScanChunk + t / kScanChunk;
   }
 };
 
@@ -223,6 +234,51 @@ template <class T>
 RECURRA_FN T step_slope(T x) {
   return sigmoid_slope_of(x, exp_minus_size(x)).value;
 }
+
+// silu, with its bits.
+RECURRA_FN float output_gate(float z) {
+  return silu_is_near(z) ? silu_slope_near(z).value : silu(z);
+}
+RECURRA_FN double output_gate(double z) { return silu(z); }
+
+// How the threads of a block share the work of a walk out, 64 channels or 32 of complex states.
+template <class K>
+struct Tile {
+  static constexpr int states = 16;                       // of a channel, at a time
+  static constexpr int together = 8 / K::parts;           // states of a thread
+  static constexpr int shares = states / together;        // threads of a channel
+  static constexpr int channels = kThreads / shares;      // of a block
+  static constexpr int steps = 16 / K::parts;             // of a piece, which divide kScanChunk
+  static constexpr int items = steps / shares;            // steps of a thread in what all do
+  static constexpr int rows = steps * states / kThreads;  // numbers of B, and of C, of a thread
+  static constexpr int sums = states / K::readout;        // that join y
+  static_assert(together % K::readout == 0 && kScanChunk % steps == 0);
+};
+
+// A block's part: its row among those of all sequences, where what it carries rests, which is in
+// the result of the last part and else where it was found, and the row of its first saved state. In
+// shared memory, since a walk needs all registers.
+struct Place {
+  int64_t row, rest, saved;
+  bool last;
+};
+
+// The steps from t0 on that this thread reads, of which there are `steps`, and zeros past these.
+template <int kShares, int N, class S>
+__device__ __forceinline__ void fetch(const S* from, int64_t step, int64_t t0, int steps,
+                                      S (&to)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int t = i * kShares;
+    to[i] = t < steps ? from[(t0 + t) * step] : S{};
+  }
+}
+
+// Finds what stands before each part of a walk, of which `first` is before the first one, (S, D, N)
+// or null: `backwards` the cotangents of the states, by dy, and else the states.
+void reduce_parts(const SelectiveScanInputs& args, const View<3>& dy, const View<3>& first,
+                  bool backwards, const Indices& cu_seqlens, const SelectiveScanParts& parts,
+                  const Stream& stream);
 
 }  // namespace selective_scan_detail
 }  // namespace recurra::cuda

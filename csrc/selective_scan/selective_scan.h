@@ -130,14 +130,27 @@ inline int64_t saved_rows(const Sequences& sequences, bool packed) {
   if (packed) return sequences.time / kScanChunk + sequences.count;
   return sequences.chunk_rows(kScanChunk);
 }
-void selective_scan(const SelectiveScan& args, const Indices& cu_seqlens, const Stream& stream);
+
+// Where time is split: the sum of the step sizes of each part, in double, (S parts, D), and the
+// state before it, (S parts, D, N), as h_last is stored. Both are contiguous and uninitialised. The
+// backward counts parts from the end and has what is handed to each from behind.
+struct SelectiveScanParts {
+  int64_t count = 1;  // of each sequence
+  View<2> sums;
+  View<3> states;
+};
+// The count for the kernels of either direction; 1: time is not split.
+int64_t selective_scan_parts(const SelectiveScanInputs& args);
+
+void selective_scan(const SelectiveScan& args, const Indices& cu_seqlens,
+                    const SelectiveScanParts& parts, const Stream& stream);
 void selective_scan_step(const SelectiveScan& args, const Indices& slots, const Stream& stream);
 
 // Channels of a block of the backward. Its scratch, uninitialised, in the compute type:
-//   sum_A (S, rows, D), sum_D (2, S, D), sum_BC (2, blocks, B T, rows)
+//   sum_A (S parts, rows, D), sum_D (2, S parts, D), sum_BC (2, blocks, B T, rows)
 constexpr int64_t backward_channels(DType d, bool complex) {
   return computes_in_double(d) || complex ? 32 : 64;
 }
 void selective_scan_backward(const SelectiveScanBackward& args, const Indices& cu_seqlens,
-                             const Stream& stream);
+                             const SelectiveScanParts& parts, const Stream& stream);
 }  // namespace recurra::cuda

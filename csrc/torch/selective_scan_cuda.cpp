@@ -6,6 +6,22 @@
 namespace recurra::selective_scan_op {
 namespace {
 
+// What the kernels need where they split time.
+struct Parts {
+  OptionalTensor sums, states;
+  cuda::SelectiveScanParts views;
+
+  Parts(const Inputs& in, const SelectiveScanInputs& args) {
+    views.count = cuda::selective_scan_parts(args);
+    if (views.count == 1) return;
+    const int64_t rows = args.sequences.count * views.count, channels = in.u.size(2);
+    sums = scratch(in.u, {rows, channels}, DType::f64);
+    states = scratch(in.u, {rows, channels, args.states()}, lane_state_dtype(in));
+    views.sums = view<2>(sums);
+    views.states = view<3>(states);
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor> forward(const char* op, bool save, const Inputs& in,
                                            const OptionalTensor& h0,
                                            const OptionalTensor& cu_seqlens) {
@@ -24,7 +40,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const char* op, bool save, const Inpu
   args.y = view<3>(y);
   args.h_last = view<3>(h_last);
   args.saved = save ? saved.data_ptr() : nullptr;
-  cuda::selective_scan(args, indices(op, "cu_seqlens", cu_seqlens), stream_of(u));
+  const Parts parts(in, args);
+  cuda::selective_scan(args, indices(op, "cu_seqlens", cu_seqlens), parts.views, stream_of(u));
   return {y, h_last, saved};
 }
 
@@ -63,15 +80,17 @@ selective_scan_backward_cuda(OptionalTensor dy, OptionalTensor dh_last, Tensor s
   check_saved(op, saved, cuda::saved_rows(args.sequences, cu_seqlens.has_value()), args);
   const int64_t count = args.sequences.count, rows = args.rows();
   const Gradients out(in, h0, count);
-  Tensor sum_A = scratch(u, {count, rows, u.size(2)}, compute);
-  Tensor sum_D = scratch(u, {2, count, u.size(2)}, compute);
+  const Parts parts(in, args);
+  Tensor sum_A = scratch(u, {count * parts.views.count, rows, u.size(2)}, compute);
+  Tensor sum_D = scratch(u, {2, count * parts.views.count, u.size(2)}, compute);
   Tensor sum_BC = scratch(u, {2, args.spans.count(), u.size(0) * u.size(1), rows}, compute);
   out.set(in, args);
   args.saved = saved.data_ptr();
   args.sum_A = sum_A.data_ptr();
   args.sum_D = sum_D.data_ptr();
   args.sum_BC = sum_BC.data_ptr();
-  cuda::selective_scan_backward(args, indices(op, "cu_seqlens", cu_seqlens), stream_of(u));
+  cuda::selective_scan_backward(args, indices(op, "cu_seqlens", cu_seqlens), parts.views,
+                                stream_of(u));
   return {out.du, out.ddelta, out.dA, out.dB, out.dC, out.dD, out.dz, out.ddelta_bias, out.dh0};
 }
 

@@ -301,6 +301,21 @@ class Case {
   std::vector<std::unique_ptr<char[]>> scratch_;
 };
 
+// A contiguous array that nobody compares, of NaN until it is written.
+template <int N>
+View<N> scratch(Case& c, DType dtype, const int64_t (&size)[N]) {
+  int64_t count = 1;
+  View<N> view;
+  view.dtype = dtype;
+  for (int n = N - 1; n >= 0; --n) {
+    view.size[n] = size[n];
+    view.stride[n] = count;
+    count *= size[n];
+  }
+  view.data = c.scratch(std::max<int64_t>(1, count * item_size(dtype)));
+  return view;
+}
+
 // What cases are drawn from.
 struct Shape {
   int64_t batch, time, channels;

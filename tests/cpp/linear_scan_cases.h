@@ -21,21 +21,6 @@ inline DType real_or_complex(Random& random) {
   return random.chance(25) ? random.pick({DType::c64, DType::c128}) : activation(random);
 }
 
-// A contiguous array that nobody compares, of NaN until it is written.
-template <int N>
-View<N> scratch(Case& c, DType dtype, const int64_t (&size)[N]) {
-  int64_t count = 1;
-  View<N> view;
-  view.dtype = dtype;
-  for (int n = N - 1; n >= 0; --n) {
-    view.size[n] = size[n];
-    view.stride[n] = count;
-    count *= size[n];
-  }
-  view.data = c.scratch(std::max<int64_t>(1, count * item_size(dtype)));
-  return view;
-}
-
 inline void zero(const View<3>& v) {
   if (v) std::memset(v.data, 0, v.size[0] * v.size[1] * v.size[2] * item_size(v.dtype));
 }

@@ -44,6 +44,27 @@ inline double readout_error(const SelectiveScan& args) {
   return args.complex || args.states() % 8 == 0 ? 0 : 8 * unit(args.u.dtype);
 }
 
+// What the kernels work in where they split time.
+inline cuda::SelectiveScanParts selective_parts(Case& c, const SelectiveScanInputs& in) {
+  cuda::SelectiveScanParts parts;
+  parts.count = cuda::selective_scan_parts(in);
+  if (parts.count == 1) return parts;
+  const int64_t rows = in.sequences.count * parts.count, D = in.u.size[2], N = in.states();
+  parts.sums = scratch<2>(c, DType::f64, {rows, D});
+  parts.states = scratch<3>(c, state_dtype(in), {rows, D, N});
+  return parts;
+}
+// By how much that changes what a walk computes: the gate of a sum of step sizes is not the product
+// of gates, each of them off by up to three ulp, and a state carries one more rounding for each
+// step and each part before it. The storage rounds what differs to the next number.
+inline double split_error(const SelectiveScanInputs& in, const cuda::SelectiveScanParts& parts) {
+  if (parts.count == 1) return 0;
+  const DType dtype = in.u.dtype;
+  const bool narrow = dtype == DType::bf16 || dtype == DType::f16;
+  return 4 * static_cast<double>(in.sequences.time) * unit(state_of(dtype)) +
+         (narrow ? unit(dtype) : 0);
+}
+
 inline View<1> cu_seqlens_of(Case& c, const Sequences& sequences) {
   if (!sequences.offsets) return {};
   return c.indices("cu_seqlens", sequences.offsets, sequences.count + 1);
@@ -76,8 +97,11 @@ inline void selective_scan_case(Case& c, const Shape& s) {
                      .data;
   c.run = [args] { selective_scan(args); };
   const View<1> offsets = cu_seqlens_of(c, args.sequences);
-  c.emulated = [args, offsets] { cuda::selective_scan(on_device(args), offsets, {}); };
-  c.emulated_within = readout_error(args);
+  const cuda::SelectiveScanParts parts = selective_parts(c, args);
+  c.emulated = [args, offsets, parts] {
+    cuda::selective_scan(on_device(args), offsets, parts, {});
+  };
+  c.emulated_within = std::max(readout_error(args), split_error(args, parts));
 }
 
 inline void selective_scan_step_case(Case& c, const Shape& s) {
@@ -132,7 +156,8 @@ inline void hostile_selective_scan_case(Case& c, const Shape& s) {
   }
   const int64_t rows = cuda::saved_rows(args.sequences, true);
   args.saved = c.output<3>("saved", state, {rows, args.rows(), args.spans.padded()}, true).data;
-  c.emulated = [args, indices] { cuda::selective_scan(args, indices, {}); };
+  const cuda::SelectiveScanParts parts = selective_parts(c, args);
+  c.emulated = [args, indices, parts] { cuda::selective_scan(args, indices, parts, {}); };
 }
 
 // What the backward writes.
@@ -151,9 +176,10 @@ inline void selective_gradients(Case& c, SelectiveScanBackward& args, DType dtyp
 }
 
 // The backward's arguments on the device, with scratch of its own.
-inline SelectiveScanBackward on_device(Case& c, SelectiveScanBackward args, int64_t groups) {
+inline SelectiveScanBackward on_device(Case& c, SelectiveScanBackward args, int64_t groups,
+                                       int64_t parts) {
   const DType dtype = args.u.dtype;
-  const int64_t D = args.u.size[2], rows = args.rows(), count = args.sequences.count;
+  const int64_t D = args.u.size[2], rows = args.rows(), count = args.sequences.count * parts;
   const int64_t item = item_size(state_of(dtype));
   const int64_t width = cuda::backward_channels(dtype, args.complex);
   args.sequences.offsets = nullptr;
@@ -188,12 +214,15 @@ inline void selective_scan_backward_case(Case& c, const Shape& s) {
   c.dense();
   args.saved = c.input<3>("saved", state, {args.chunk_rows(), rows, padded}).data;
   c.run = [args] { selective_scan_backward(args); };
-  const SelectiveScanBackward emulated = on_device(c, args, groups);
-  c.emulated = [emulated, offsets] { cuda::selective_scan_backward(emulated, offsets, {}); };
+  const cuda::SelectiveScanParts split = selective_parts(c, args);
+  const SelectiveScanBackward emulated = on_device(c, args, groups, split.count);
+  c.emulated = [emulated, offsets, split] {
+    cuda::selective_scan_backward(emulated, offsets, split, {});
+  };
   // The same terms in sums of another order, over up to 260 channels and 300 steps; in 16 bits they
   // are rounded once.
   const bool narrow = dtype == DType::bf16 || dtype == DType::f16;
-  c.emulated_within = (narrow ? 1 : 64) * unit(dtype);
+  c.emulated_within = std::max((narrow ? 1 : 64) * unit(dtype), split_error(args, split));
 }
 
 inline void hostile_selective_scan_backward_case(Case& c, const Shape& s) {
@@ -210,8 +239,11 @@ inline void hostile_selective_scan_backward_case(Case& c, const Shape& s) {
   c.dense();
   const int64_t chunks = cuda::saved_rows(args.sequences, true);
   args.saved = c.input<3>("saved", state, {chunks, args.rows(), args.spans.padded()}).data;
-  const SelectiveScanBackward emulated = on_device(c, args, groups);
-  c.emulated = [emulated, offsets] { cuda::selective_scan_backward(emulated, offsets, {}); };
+  const cuda::SelectiveScanParts split = selective_parts(c, args);
+  const SelectiveScanBackward emulated = on_device(c, args, groups, split.count);
+  c.emulated = [emulated, offsets, split] {
+    cuda::selective_scan_backward(emulated, offsets, split, {});
+  };
 }
 
 }  // namespace recurra::test

@@ -135,7 +135,13 @@ def _lines() -> Iterator[Line]:
 
 
 def _selective() -> Iterator[Line]:
-    B, L, D, N = 8, 4096, 2048, 16
+    for shape, split in (((8, 4096, 2048, 16), False), ((1, 1048576, 64, 16), True)):
+        yield from _selective_of(shape, split)
+
+
+def _selective_of(shape: tuple[int, int, int, int], split: bool) -> Iterator[Line]:
+    """Of a shape at which time is split, whose inputs are read and gates taken twice, or not."""
+    B, L, D, N = shape
     bf16 = torch.bfloat16
     u, z = _normal(B, L, D, dtype=bf16), _normal(B, L, D, dtype=bf16)
     delta = (0.5 * torch.rand(B, L, D, device="cuda")).to(bf16)
@@ -151,6 +157,13 @@ def _selective() -> Iterator[Line]:
     moved = 4 * u.nbytes + Bs.nbytes + Cs.nbytes
     name = f"selective_scan/{B}x{L}x{D}x{N}/bfloat16"
     n = B * L * D * N
+    if split:
+        # Again u, delta and B; or dy, z, delta and C.
+        note = "time is split"
+        yield Line(f"{name}/forward", forward, moved + 2 * u.nbytes + Bs.nbytes, 2 * n, note=note)
+        again = 3 * u.nbytes + Cs.nbytes
+        yield Line(f"{name}/backward", backward, 2 * moved + again, 2 * n, note=note)
+        return
     yield Line(f"{name}/forward", forward, moved, n, limit=1.5)
     yield Line(f"{name}/backward", backward, 2 * moved, n, note="at most 3.5 x forward is asked")
 
