@@ -1,6 +1,7 @@
-// K threads walk one block of one sequence against the scan: each has a column of the matrix and of
-// its gradient. That of a matrix that steps share is summed in registers, sixteen steps at a time,
-// that of one that blocks share over the blocks of a warp; what is left is added by add_up.
+// K threads walk one block of one sequence, or of a part of it, against the scan: each has a column
+// of the matrix and of its gradient. That of a matrix that steps share is summed in registers,
+// sixteen steps at a time, that of one that blocks share over the blocks of a warp; what is left is
+// added by add_up.
 #include "block_scan/device.h"
 #include "cuda/sums.h"
 
@@ -12,14 +13,14 @@ constexpr int kGroup = 16;  // steps that are summed before they join a gradient
 // The sums of the gradient of a matrix that is broadcast: (rows, steps, lanes, k, k) numbers.
 struct GradientLayout {
   bool over_time, over_blocks, reduced;
-  int64_t rows, steps, lanes, width;  // width: groups of a sequence
+  int64_t rows, steps, lanes, width;  // width: groups of a part of a sequence
 
-  explicit GradientLayout(const BlockScanBackward& args) {
+  GradientLayout(const BlockScanBackward& args, int64_t parts) {
     const int64_t blocks = args.h.size[2];
     over_time = args.over_time();
     over_blocks = args.over_blocks();
     reduced = args.reduced();
-    rows = over_time ? args.sequences.count : args.h.size[0];
+    rows = over_time ? args.sequences.count * parts : args.h.size[0];
     steps = over_time ? 1 : args.h.size[1];
     lanes = width = blocks;
     if (!over_blocks) return;
@@ -39,6 +40,7 @@ struct Backward {
   Array<S, 5> A, dA;
   Array<S, 4> h, dh, db;
   Array<T, 3> h0, dh_last, dh0;
+  Array<double, 4> handed;  // to each part, where time is split
   T* partial = nullptr;
   bool over_time = false, over_blocks = false;
   int64_t lanes = 0;
@@ -51,8 +53,13 @@ __device__ __forceinline__ T sum_of_groups(T value) {
   return value;
 }
 
+// Blocks that a multiprocessor must hold at a time: as many as do without, but for one.
 template <class S, int K, bool constant>
-__global__ void __launch_bounds__(kThreads, 1) walk_back(const Backward<S> p) {
+constexpr int kResident = constant && K == 4 && sizeof(Compute<S>) == 4 ? 3 : 1;
+
+template <class S, int K, bool constant>
+__global__ void __launch_bounds__(kThreads, (kResident<S, K, constant>))
+    walk_back(const Backward<S> p) {
   using T = Compute<S>;
   constexpr int kSteps = constant ? 4 : K <= 2 ? 2 : 1;
   constexpr bool ahead = K <= 4;  // whether a step's matrix is read while the last one is used
@@ -82,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 1) walk_back(const Backward<S> p) {
     const auto load_vectors = [&](int64_t t, T& state, T& cotangent) {
       state = cotangent = T(0);
       if (!real || t >= w.steps) return;
-      if (t + 1 < w.steps)
+      if (t + 1 < w.steps || !w.ends)
         state = load(at(p.h, t + 1) + column * p.h.step[3]);
       else if (p.h0.data)
         state = *p.h0.at(w.n, w.block, column);
@@ -93,7 +100,11 @@ __global__ void __launch_bounds__(kThreads, 1) walk_back(const Backward<S> p) {
     else if constexpr (ahead)
       for_each_index<kSteps>([&](auto i) { load_A(i, A[i]); });
     for_each_index<kSteps>([&](auto i) { load_vectors(i, h[i], dh[i]); });
-    T carry = real && p.dh_last.data ? *p.dh_last.at(w.n, w.block, column) : T(0);
+    T carry = T(0);
+    if (real && p.handed.data)
+      carry = static_cast<T>(p.handed.at(w.n, w.part, w.block)[column]);
+    else if (real && p.dh_last.data)
+      carry = *p.dh_last.at(w.n, w.block, column);
     T sixteen[constant ? K : 1] = {}, total[constant ? K : 1] = {};
 
     for (int64_t t = 0; t < w.steps; t += kSteps) {
@@ -146,30 +157,29 @@ __global__ void __launch_bounds__(kThreads, 1) walk_back(const Backward<S> p) {
       }
     }
     if constexpr (constant)
-      if (p.over_time)
+      if (p.over_time) {
+        const int64_t part = group / p.cut.width;  // of all sequences
         for_each_index<K>([&](auto r) {
           if (r >= k) return;
           const T sum = p.over_blocks ? sum_of_groups<K>(counts ? total[r] : T(0)) : total[r];
           if (real && (!p.over_blocks || threadIdx.x % kWarp < K))
-            p.partial[((w.n * p.lanes + lane) * k + r) * k + column] = sum;
+            p.partial[((part * p.lanes + lane) * k + r) * k + column] = sum;
         });
-    if (real && counts) *p.dh0.at(w.n, w.block, column) = carry;
+      }
+    if (real && counts && w.ends) *p.dh0.at(w.n, w.block, column) = carry;
   }
 }
 
 template <class S, int K>
 void launch(const BlockScanBackward& args, const Indices& cu_seqlens, void* scratch,
-            const Stream& stream) {
+            const BlockScanParts& parts, const Stream& stream) {
   using T = Compute<S>;
-  const GradientLayout layout(args);
+  const GradientLayout layout(args, parts.count());
   Backward<S> p;
-  p.cut.cu_seqlens = Integers(cu_seqlens);
-  p.cut.sequences = args.sequences.count;
-  p.cut.time = args.sequences.time;
-  p.cut.blocks = args.h.size[2];
+  p.cut = Cut(args.sequences, cu_seqlens, args.h, parts.count(), !args.reverse);
+  if (p.cut.parts > 1 && p.cut.groups() > 0)
+    reduce_parts(args.A, args.dh, args.dh_last, p.cut, true, parts, stream);
   p.cut.width = layout.width;
-  p.cut.k = static_cast<int>(args.h.size[3]);
-  p.cut.backwards = !args.reverse;
   p.A = Array<S, 5>(args.A);
   p.dA = Array<S, 5>(args.dA);
   p.h = Array<S, 4>(args.h);
@@ -178,6 +188,7 @@ void launch(const BlockScanBackward& args, const Indices& cu_seqlens, void* scra
   p.h0 = Array<T, 3>(args.h0);
   p.dh_last = Array<T, 3>(args.dh_last);
   p.dh0 = Array<T, 3>(args.dh0);
+  p.handed = Array<double, 4>(parts.states);
   p.partial = layout.reduced ? static_cast<T*>(scratch) : nullptr;
   p.over_time = layout.over_time;
   p.over_blocks = layout.over_blocks;
@@ -199,25 +210,26 @@ void launch(const BlockScanBackward& args, const Indices& cu_seqlens, void* scra
 
 template <class S>
 void launch(const BlockScanBackward& args, const Indices& cu_seqlens, void* scratch,
-            const Stream& stream) {
-  for_width(args.h.size[3],
-            [&](auto K) { launch<S, decltype(K)::value>(args, cu_seqlens, scratch, stream); });
+            const BlockScanParts& parts, const Stream& stream) {
+  for_width(args.h.size[3], [&](auto K) {
+    launch<S, decltype(K)::value>(args, cu_seqlens, scratch, parts, stream);
+  });
 }
 
 }  // namespace block_scan_detail
 using namespace block_scan_detail;
 
-int64_t block_scan_backward_scratch(const BlockScanBackward& args) {
-  return GradientLayout(args).size(args.h.size[3]);
+int64_t block_scan_backward_scratch(const BlockScanBackward& args, int64_t parts) {
+  return GradientLayout(args, parts).size(args.h.size[3]);
 }
 
 void block_scan_backward(const BlockScanBackward& args, const Indices& cu_seqlens, void* scratch,
-                         const Stream& stream) {
+                         const BlockScanParts& parts, const Stream& stream) {
   switch (args.h.dtype) {
-    case DType::f32: return launch<float>(args, cu_seqlens, scratch, stream);
-    case DType::f64: return launch<double>(args, cu_seqlens, scratch, stream);
-    case DType::bf16: return launch<BFloat16>(args, cu_seqlens, scratch, stream);
-    case DType::f16: return launch<Half>(args, cu_seqlens, scratch, stream);
+    case DType::f32: return launch<float>(args, cu_seqlens, scratch, parts, stream);
+    case DType::f64: return launch<double>(args, cu_seqlens, scratch, parts, stream);
+    case DType::bf16: return launch<BFloat16>(args, cu_seqlens, scratch, parts, stream);
+    case DType::f16: return launch<Half>(args, cu_seqlens, scratch, parts, stream);
     default: throw std::runtime_error("block_scan: no CUDA kernel for this dtype");
   }
 }

@@ -64,13 +64,25 @@ RECURRA_KERNEL(block_scan, BlockScan)
 RECURRA_KERNEL(block_scan_backward, BlockScanBackward)
 
 namespace recurra::cuda {
+
+// Where time is split: the product of the matrices of each part, (S, parts, N, k, k), and the state
+// before it, (S, parts, N, k), both in double; null views otherwise.
+struct BlockScanParts {
+  View<5> products;
+  View<4> states;
+
+  int64_t count() const { return products ? products.size[1] : 1; }
+};
+// How many parts each sequence has for the kernels; 1: time is not split.
+int64_t block_scan_parts(int64_t sequences, int64_t time, int64_t blocks, int64_t k, DType dtype);
+
 // On the device: neither sequences nor slots are in the arguments but in cu_seqlens and slots
-// there, null views for none.
+// there, null views for none. Only what has no slots may be split.
 void block_scan(const BlockScan& args, const Indices& cu_seqlens, const Indices& slots,
-                const Stream& stream);
+                const BlockScanParts& parts, const Stream& stream);
 // `partial` of the arguments is of the CPU alone, `scratch` has that many numbers of the compute
 // type.
-int64_t block_scan_backward_scratch(const BlockScanBackward& args);
+int64_t block_scan_backward_scratch(const BlockScanBackward& args, int64_t parts);
 void block_scan_backward(const BlockScanBackward& args, const Indices& cu_seqlens, void* scratch,
-                         const Stream& stream);
+                         const BlockScanParts& parts, const Stream& stream);
 }  // namespace recurra::cuda

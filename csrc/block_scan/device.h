@@ -3,6 +3,7 @@
 #pragma once
 #include "block_scan/block_scan.h"
 #include "cuda/launch.h"
+#include "cuda/split.h"
 #include "cuda/storage.h"
 #include "math/functions.h"
 
@@ -31,27 +32,53 @@ __device__ __forceinline__ void exchange(unsigned mask, T value, T (&all)[K]) {
     for_each_index<K>([&](auto i) { all[i] = __shfl_sync(mask, value, i, K); });
 }
 
-// How work is cut: a group for each block of each sequence.
+// How work is cut: a group for each block of each part of each sequence.
 struct Cut {
   Integers cu_seqlens;
   int64_t sequences = 0, time = 0, blocks = 0;
-  int64_t width = 0;  // groups of a sequence; those past `blocks` only help to sum
+  int64_t parts = 1;  // of a sequence
+  int64_t width = 0;  // groups of a part; those past `blocks` only help to sum
   int k = 0;
   bool backwards = false;  // whether time is walked from the last step to the first
 
-  RECURRA_FN int64_t groups() const { return sequences * width; }
+  Cut() = default;
+  // `like`: b or h, (B, T, N, k).
+  Cut(const Sequences& all, const Indices& offsets, const View<4>& like, int64_t parts,
+      bool backwards)
+      : cu_seqlens(offsets),
+        sequences(all.count),
+        time(all.time),
+        blocks(like.size[2]),
+        parts(parts),
+        width(like.size[2]),
+        k(static_cast<int>(like.size[3])),
+        backwards(backwards) {}
+
+  RECURRA_FN int64_t groups() const { return sequences * parts * width; }
 };
 
 // What a group walks: `steps` from `first` on, each `by` from the last.
 struct Track {
-  int64_t n, block;
+  int64_t n, part, block;
   int64_t batch, first, by, steps;
+  bool ends;  // it has the last step of the sequence, or is the first part of none
 };
 RECURRA_FN Track track_of(const Cut& cut, int64_t group) {
-  const int64_t n = group / cut.width;
-  const Extent e = extent(cut.cu_seqlens, n, cut.time);
-  const int64_t steps = e.end - e.begin, first = cut.backwards ? e.end - 1 : e.begin;
-  return {n, group % cut.width, e.batch, steps > 0 ? first : 0, cut.backwards ? -1 : 1, steps};
+  Track w;
+  const bool split = cut.parts > 1;
+  const int64_t row = group / cut.width;
+  w.block = group % cut.width;
+  w.part = split ? row % cut.parts : 0;
+  w.n = split ? row / cut.parts : row;
+  const Extent e = extent(cut.cu_seqlens, w.n, cut.time);
+  const int64_t length = e.end - e.begin;
+  const Part own = split ? part_of(0, length, w.part, cut.parts) : Part{0, length};
+  w.batch = e.batch;
+  w.by = cut.backwards ? -1 : 1;
+  w.steps = own.end - own.begin;
+  w.ends = own.end == length && (w.steps > 0 || w.part == 0);
+  w.first = w.steps == 0 ? 0 : cut.backwards ? e.end - 1 - own.begin : e.begin + own.begin;
+  return w;
 }
 
 template <class S, int K>
@@ -92,5 +119,11 @@ void for_width(int64_t k, F f) {
   if (k <= 8) return f(Index<8>{});
   f(Index<16>{});
 }
+
+// What stands before each part: reduces the parts and combines them in order. `source`: b, or dh,
+// which may be null; `first`: the state before the first part, or null; `gradient`: against the
+// scan, with transposed matrices that are applied after the source is added.
+void reduce_parts(const View<5>& A, const View<4>& source, const View<3>& first, const Cut& cut,
+                  bool gradient, const BlockScanParts& parts, const Stream& stream);
 
 }  // namespace recurra::cuda::block_scan_detail

@@ -1,5 +1,5 @@
-// K threads walk one block of one sequence: each has a row of the matrix, whose next steps it reads
-// while it computes the last ones. A matrix that all steps share is read once.
+// K threads walk one block of one sequence, or of a part of it: each has a row of the matrix, whose
+// next steps it reads while it computes the last ones. A matrix that all steps share is read once.
 #include "block_scan/device.h"
 #include "cuda/launch.h"
 
@@ -13,6 +13,7 @@ struct Forward {
   Array<S, 5> A;
   Array<S, 4> b, h;
   Array<T, 3> h0, h_last;
+  Array<double, 4> before;  // each part, where time is split
   Integers slots;
   int64_t states = 0;
   bool packed = false;
@@ -55,7 +56,10 @@ __global__ void __launch_bounds__(kThreads, 1) walk(const Forward<S> p) {
       for_each_index<kSteps>([&](auto i) { load_A(i, A[i]); });
     for_each_index<kSteps>([&](auto i) { load_b(i, b[i]); });
     T h = T(0);
-    if (real && p.h0.data) h = *p.h0.at(slot, w.block, row);
+    if (real && p.before.data)
+      h = static_cast<T>(p.before.at(w.n, w.part, w.block)[row]);
+    else if (real && p.h0.data)
+      h = *p.h0.at(slot, w.block, row);
     for (int64_t t = 0; t < w.steps; t += kSteps) {
       T next_A[constant ? 1 : kSteps][K] = {}, next_b[kSteps];
       if constexpr (!constant)
@@ -78,31 +82,28 @@ __global__ void __launch_bounds__(kThreads, 1) walk(const Forward<S> p) {
         if constexpr (!constant) for_each_index<K>([&](auto j) { A[i][j] = next_A[i][j]; });
       }
     }
-    if (real) *p.h_last.at(slot, w.block, row) = h;
+    if (real && w.ends) *p.h_last.at(slot, w.block, row) = h;
   }
 }
 
 template <class S, int K>
 void launch(const BlockScan& args, const Indices& cu_seqlens, const Indices& slots,
-            const Stream& stream) {
+            const BlockScanParts& parts, const Stream& stream) {
   using T = Compute<S>;
   Forward<S> p;
-  p.cut.cu_seqlens = Integers(cu_seqlens);
-  p.cut.sequences = args.sequences.count;
-  p.cut.time = args.sequences.time;
-  p.cut.blocks = p.cut.width = args.b.size[2];
-  p.cut.k = static_cast<int>(args.b.size[3]);
-  p.cut.backwards = args.reverse;
+  p.cut = Cut(args.sequences, cu_seqlens, args.b, parts.count(), args.reverse);
   p.A = Array<S, 5>(args.A);
   p.b = Array<S, 4>(args.b);
   p.h = Array<S, 4>(args.h);
   p.h0 = Array<T, 3>(args.h0);
   p.h_last = Array<T, 3>(args.h_last);
+  p.before = Array<double, 4>(parts.states);
   p.slots = Integers(slots);
   p.states = args.h_last.size[0];
   p.packed = Row<S, K>::packs(args.A);
   const int64_t tasks = p.cut.groups() * K;
   if (tasks == 0) return;
+  if (p.cut.parts > 1) reduce_parts(args.A, args.b, args.h0, p.cut, false, parts, stream);
   if (p.A.step[1] == 0) {
     const auto block_scan_constant = walk<S, K, true>;
     RECURRA_LAUNCH(block_scan_constant, blocks_for(tasks, kThreads), kThreads, stream, p);
@@ -114,21 +115,21 @@ void launch(const BlockScan& args, const Indices& cu_seqlens, const Indices& slo
 
 template <class S>
 void launch(const BlockScan& args, const Indices& cu_seqlens, const Indices& slots,
-            const Stream& stream) {
+            const BlockScanParts& parts, const Stream& stream) {
   for_width(args.b.size[3],
-            [&](auto K) { launch<S, decltype(K)::value>(args, cu_seqlens, slots, stream); });
+            [&](auto K) { launch<S, decltype(K)::value>(args, cu_seqlens, slots, parts, stream); });
 }
 
 }  // namespace block_scan_detail
 using namespace block_scan_detail;
 
 void block_scan(const BlockScan& args, const Indices& cu_seqlens, const Indices& slots,
-                const Stream& stream) {
+                const BlockScanParts& parts, const Stream& stream) {
   switch (args.b.dtype) {
-    case DType::f32: return launch<float>(args, cu_seqlens, slots, stream);
-    case DType::f64: return launch<double>(args, cu_seqlens, slots, stream);
-    case DType::bf16: return launch<BFloat16>(args, cu_seqlens, slots, stream);
-    case DType::f16: return launch<Half>(args, cu_seqlens, slots, stream);
+    case DType::f32: return launch<float>(args, cu_seqlens, slots, parts, stream);
+    case DType::f64: return launch<double>(args, cu_seqlens, slots, parts, stream);
+    case DType::bf16: return launch<BFloat16>(args, cu_seqlens, slots, parts, stream);
+    case DType::f16: return launch<Half>(args, cu_seqlens, slots, parts, stream);
     default: throw std::runtime_error("block_scan: no CUDA kernel for this dtype");
   }
 }

@@ -49,20 +49,93 @@ void block_scan_oracle(const BlockScan& args) {
   }
 }
 
-// Emulated shuffles take long, k of them a number.
-inline bool is_small(const View<4>& v) {
-  return v.size[0] * v.size[1] * v.size[2] * v.size[3] * v.size[3] <= 1 << 13;
+// Emulated shuffles take long, k of them a number, and k + 1 times as many where time is split.
+inline bool is_small(const View<4>& v, bool split) {
+  const int64_t shuffles = v.size[0] * v.size[1] * v.size[2] * v.size[3] * v.size[3];
+  return shuffles * (split ? v.size[3] + 2 : 1) <= 1 << 13;
 }
 
-inline void run_with_oracle(Case& c, const BlockScan& args) {
+// Time split by the rule of the kernels, or, since it splits nothing so small where k is large,
+// into a few parts. The state before a part is then nearly exact, while the other one carries k
+// roundings of each step before it, which grow no faster than the states do; and the storage rounds
+// what differs to the next number.
+struct SplitBlocks {
+  cuda::BlockScanParts parts;
+
+  SplitBlocks(Case& c, const Sequences& s, const View<4>& like) {
+    const int64_t blocks = like.size[2], k = like.size[3];
+    const int64_t count = c.random.chance(50)
+                              ? cuda::block_scan_parts(s.count, s.time, blocks, k, like.dtype)
+                              : c.random.pick<int64_t>({1, 2, 3, 7});
+    if (count == 1) return;
+    const int64_t products[] = {s.count, count, blocks, k, k};
+    const int64_t states[] = {s.count, count, blocks, k};
+    parts.products = scratch<5>(c, DType::f64, products);
+    parts.states = scratch<4>(c, DType::f64, states);
+    const double unit = like.dtype == DType::f64 ? 0x1p-53 : 0x1p-24;
+    c.emulated_within = 4 * static_cast<double>(s.time * k) * unit + stored_unit(like.dtype);
+  }
+};
+
+// What no order of operations rounds: whole numbers that permutations move, or, with `zero`, none
+// at all under matrices whose products soon are infinite. The arrays are those of a dense case.
+struct Exact {
+  bool exact, zero;
+
+  explicit Exact(Case& c) : exact(c.random.chance(30)), zero(exact && c.random.chance(50)) {
+    if (exact) c.dense();
+  }
+  // As many steps as it takes, and not more blocks than are emulated.
+  Shape shape(const Shape& s) const {
+    return zero ? Shape{s.batch, 40, std::min<int64_t>(s.channels, 2)} : s;
+  }
+  template <int N>
+  void fill(Case& c, const View<N>& v) const {
+    each(v, [&](int64_t at) { put(v, at, zero ? 0 : static_cast<double>(c.random.below(3) - 1)); });
+  }
+  void permute(Case& c, const View<5>& A) const {
+    const int64_t k = A.size[4];
+    const double one = !zero                   ? 1
+                       : A.dtype == DType::f64 ? 0x1p1000
+                       : A.dtype == DType::f16 ? 0x1p15
+                                               : 0x1p127;
+    std::vector<int64_t> moved(static_cast<size_t>(k));
+    each(A, [&](int64_t at) {
+      if (at % (k * k) == 0)
+        for (int64_t i = 0; i < k; ++i) {
+          const int64_t other = c.random.below(i + 1);
+          moved[static_cast<size_t>(i)] = moved[static_cast<size_t>(other)];
+          moved[static_cast<size_t>(other)] = i;
+        }
+      put(A, at, moved[static_cast<size_t>(at / k % k)] == at % k ? one : 0);
+    });
+  }
+
+ private:
+  template <int N, class F>
+  static void each(const View<N>& v, F f) {
+    int64_t count = v ? 1 : 0;
+    for (int64_t size : v.size) count *= size;
+    for (int64_t at = 0; at < count; ++at) f(at);
+  }
+  template <int N>
+  static void put(const View<N>& v, int64_t at, double value) {
+    store(static_cast<char*>(v.data) + at * item_size(v.dtype), v.dtype, value);
+  }
+};
+
+inline void run_with_oracle(Case& c, const BlockScan& args, const SplitBlocks* split = nullptr) {
   BlockScan device = args;
   device.sequences.offsets = device.slots = nullptr;
   View<1> offsets, slots;
   const int64_t count = args.sequences.count;
   if (args.sequences.offsets) offsets = c.indices("cu_seqlens", args.sequences.offsets, count + 1);
   if (args.slots) slots = c.indices("slots", args.slots, count);
-  if (is_small(args.b))
-    c.emulated = [device, offsets, slots] { cuda::block_scan(device, offsets, slots, {}); };
+  const cuda::BlockScanParts parts = split ? split->parts : cuda::BlockScanParts{};
+  if (is_small(args.b, parts.count() > 1))
+    c.emulated = [device, offsets, slots, parts] {
+      cuda::block_scan(device, offsets, slots, parts, {});
+    };
   c.run = [args] { block_scan(args); };
   c.oracle = [args] {
     in_compute_type(args.b.dtype, [&](auto zero) { block_scan_oracle<decltype(zero)>(args); });
@@ -74,7 +147,8 @@ inline void block_scan_case(Case& c, const Shape& given) {
   const DType dtype = activation(c.random), state = state_of(dtype);
   const auto one_of = [&](int64_t n) { return c.random.chance(25) ? 1 : n; };
   const int64_t k = block_size(c.random);
-  const Shape s = block_shape(given, k);
+  const Exact exact(c);
+  const Shape s = exact.shape(block_shape(given, k));
   const int64_t size[] = {s.batch, s.time, s.channels, k};
   args.reverse = c.random.chance(40);
   args.sequences = c.sequences(s.batch, s.time);
@@ -85,7 +159,12 @@ inline void block_scan_case(Case& c, const Shape& given) {
   args.h = c.output<4>("h", dtype, size);
   if (c.random.chance(60)) args.h0 = c.input<3>("h0", state, states);
   args.h_last = c.output<3>("h_last", state, states);
-  run_with_oracle(c, args);
+  const SplitBlocks split(c, args.sequences, args.b);
+  if (exact.exact) {
+    exact.permute(c, args.A), exact.fill(c, args.b), exact.fill(c, args.h0);
+    c.emulated_within = 0;
+  }
+  run_with_oracle(c, args, &split);
 }
 
 inline void block_scan_step_case(Case& c, const Shape& given) {
@@ -144,7 +223,8 @@ inline void block_scan_backward_case(Case& c, const Shape& given) {
   const DType dtype = activation(c.random), state = state_of(dtype);
   const auto one_of = [&](int64_t n) { return c.random.chance(25) ? 1 : n; };
   const int64_t k = block_size(c.random);
-  const Shape s = block_shape(given, k);
+  const Exact exact(c);
+  const Shape s = exact.shape(block_shape(given, k));
   const int64_t size[] = {s.batch, s.time, s.channels, k};
   const int64_t matrices[] = {one_of(s.batch), one_of(s.time), one_of(s.channels), k, k};
   args.reverse = c.random.chance(40);
@@ -170,14 +250,22 @@ inline void block_scan_backward_case(Case& c, const Shape& given) {
   View<1> offsets;
   if (args.sequences.offsets)
     offsets = c.indices("cu_seqlens", args.sequences.offsets, args.sequences.count + 1);
-  void* const scratch = c.scratch(cuda::block_scan_backward_scratch(device) * item_size(state));
+  const cuda::BlockScanParts parts = SplitBlocks(c, args.sequences, args.h).parts;
+  void* const scratch =
+      c.scratch(cuda::block_scan_backward_scratch(device, parts.count()) * item_size(state));
   // A gradient that is summed in another order differs by a unit of its largest partial sum for
   // each of the few additions that matter, and what is left of the sum may be a thousandth of that.
-  const double stored = dtype == DType::bf16 ? 0x1p-7 : dtype == DType::f16 ? 0x1p-10 : 0;
-  if (args.reduced()) c.emulated_within = 8192 * (dtype == DType::f64 ? 0x1p-53 : 0x1p-24) + stored;
-  if (is_small(args.h))
-    c.emulated = [device, offsets, scratch] {
-      cuda::block_scan_backward(device, offsets, scratch, {});
+  if (args.reduced())
+    c.emulated_within = std::max(
+        c.emulated_within, 8192 * (dtype == DType::f64 ? 0x1p-53 : 0x1p-24) + stored_unit(dtype));
+  if (exact.exact) {
+    exact.permute(c, args.A), exact.fill(c, args.h), exact.fill(c, args.h0);
+    exact.fill(c, args.dh), exact.fill(c, args.dh_last);
+    c.emulated_within = 0;
+  }
+  if (is_small(args.h, parts.count() > 1))
+    c.emulated = [device, offsets, scratch, parts] {
+      cuda::block_scan_backward(device, offsets, scratch, parts, {});
     };
   if (args.reduced()) return;
   c.oracle = [args] {
@@ -204,7 +292,7 @@ inline void hostile_block_scan_case(Case& c, const Shape& s) {
     args.h0 = args.h_last = c.output<3>("h", state, {states, N, k});
     const auto slots = hostile_integers(c.random, time, states);
     const View<1> on_device = c.indices("slots", slots.data(), time);
-    c.emulated = [args, on_device] { cuda::block_scan(args, {}, on_device, {}); };
+    c.emulated = [args, on_device] { cuda::block_scan(args, {}, on_device, {}, {}); };
     return;
   }
   const auto ends = hostile_integers(c.random, 1 + c.random.below(6), time);
@@ -219,7 +307,8 @@ inline void hostile_block_scan_case(Case& c, const Shape& s) {
     args.b = c.input<4>("b", dtype, size);
     args.h = c.output<4>("h", dtype, size);
     args.h_last = c.output<3>("h_last", state, {count, N, k});
-    c.emulated = [args, offsets] { cuda::block_scan(args, offsets, {}, {}); };
+    const cuda::BlockScanParts parts = SplitBlocks(c, args.sequences, args.b).parts;
+    c.emulated = [args, offsets, parts] { cuda::block_scan(args, offsets, {}, parts, {}); };
     return;
   }
   BlockScanBackward args;
@@ -231,8 +320,12 @@ inline void hostile_block_scan_case(Case& c, const Shape& s) {
   args.dA = c.output<5>("dA", dtype, matrices);
   args.db = c.output<4>("db", dtype, size);
   args.dh0 = c.output<3>("dh0", state, {count, N, k});
-  void* const scratch = c.scratch(cuda::block_scan_backward_scratch(args) * item_size(state));
-  c.emulated = [args, offsets, scratch] { cuda::block_scan_backward(args, offsets, scratch, {}); };
+  const cuda::BlockScanParts parts = SplitBlocks(c, args.sequences, args.h).parts;
+  void* const scratch =
+      c.scratch(cuda::block_scan_backward_scratch(args, parts.count()) * item_size(state));
+  c.emulated = [args, offsets, scratch, parts] {
+    cuda::block_scan_backward(args, offsets, scratch, parts, {});
+  };
 }
 
 }  // namespace recurra::test

@@ -316,6 +316,12 @@ View<N> scratch(Case& c, DType dtype, const int64_t (&size)[N]) {
   return view;
 }
 
+// How far apart the numbers of a 16-bit dtype are, relative to them: what rounds to different ones
+// differs so.
+inline double stored_unit(DType d) {
+  return d == DType::bf16 ? 0x1p-7 : d == DType::f16 ? 0x1p-10 : 0;
+}
+
 // What cases are drawn from.
 struct Shape {
   int64_t batch, time, channels;

@@ -38,8 +38,7 @@ struct Split {
     parts.products = scratch<3>(c, is_complex(dtype) ? DType::c128 : DType::f64, size);
     parts.states = scratch<3>(c, state_of(dtype), size);
     const double unit = computes_in_double(dtype) ? 0x1p-53 : 0x1p-24;
-    const double stored = dtype == DType::bf16 ? 0x1p-7 : dtype == DType::f16 ? 0x1p-10 : 0;
-    c.emulated_within = 4 * static_cast<double>(s.time) * unit + stored;
+    c.emulated_within = 4 * static_cast<double>(s.time) * unit + stored_unit(dtype);
   }
 };
 

@@ -125,13 +125,16 @@ def _lines() -> Iterator[Line]:
     n = s.numel()
     yield Line(f"softmax_scan/{B}x{L}x{D}/float32/forward", forward, 12 * n, 2 * n)
     yield Line(f"softmax_scan/{B}x{L}x{D}/float32/backward", backward, 20 * n, 2 * n)
-    A, b = _normal(B, L, D // 4, 4, 4) / 4, _normal(B, L, D // 4, 4)
-    forward, backward = _both(lambda A, b: recurra.block_scan(A, b)[0], A, b)
-    moved = A.nbytes + 2 * b.nbytes
-    yield Line(f"block_scan/{B}x{L}x{D // 4}x4/float32/forward", forward, moved)
-    yield Line(
-        f"block_scan/{B}x{L}x{D // 4}x4/float32/backward", backward, 2 * A.nbytes + 3 * b.nbytes
-    )
+    # The last ones are split in time, which reads A and b, or dh, once more.
+    for B, L, N, k, split in ((8, 4096, 512, 4, 0), (1, 524288, 16, 4, 1), (1, 65536, 8, 16, 1)):
+        A, b = _normal(B, L, N, k, k) / k, _normal(B, L, N, k)
+        forward, backward = _both(lambda A, b: recurra.block_scan(A, b)[0], A, b)
+        moved = A.nbytes + 2 * b.nbytes + split * (A.nbytes + b.nbytes)
+        back = 2 * A.nbytes + 3 * b.nbytes + split * (A.nbytes + b.nbytes)
+        note = "time is split" if split else ""
+        name = f"block_scan/{B}x{L}x{N}x{k}/float32"
+        yield Line(f"{name}/forward", forward, moved, note=note)
+        yield Line(f"{name}/backward", backward, back, note=note)
 
 
 def _selective() -> Iterator[Line]:
