@@ -56,7 +56,8 @@ part() { # part SECONDS WHAT COMMAND...
   say "$what"
   timeout "$limit" "$@" || { echo "ci/gpu.sh: $what failed" >&2 && failed=1; }
 }
-on_gpu=(tests/test_cuda.py tests/test_cuda_library.py tests/test_ops.py tests/test_rtrl.py tests/test_serving.py)
+on_gpu=(tests/test_cuda.py tests/test_cuda_library.py tests/test_compat_cuda.py tests/test_ops.py tests/test_rtrl.py
+  tests/test_serving.py)
 if [ "$with_jax" = ON ]; then on_gpu+=(tests/test_jax.py); else say "no JAX with a GPU: left out"; fi
 part 150 "tests" "$PYTHON" -m pytest -q "${on_gpu[@]}" -m gpu "$@"
 # By the compiler itself: a build of tests/cpp would take the CPU's kernels along. ci/nightly.sh has

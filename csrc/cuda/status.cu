@@ -13,6 +13,16 @@ constexpr const char* kStatusOps[] = {"linear_scan",    "block_scan",   "causal_
 constexpr const char* kStatusArguments[] = {"cu_seqlens", "slots"};
 constexpr int kStatusCount = 12, kMostDevices = 64;
 
+// What loads code is refused otherwise while any stream is captured.
+template <class F>
+static cudaError_t while_captured(const F& load) {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+  const cudaError_t error = load();
+  check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+  return error;
+}
+
 // Zero when the library is loaded, so that nothing needs to be allocated or written by a call,
 // which may be captured into a graph. Behind the marks is room for what take_status took of them.
 __device__ uint32_t status_words[2 * kStatusCount];
@@ -24,6 +34,15 @@ __global__ void __launch_bounds__(32) take_words(uint32_t* words) {
   if (i < kStatusCount) words[kStatusCount + i] = atomicExch(words + i, 0u);
 }
 
+bool has_code(int device) {
+  const DeviceGuard guard(device);
+  cudaFuncAttributes attributes;
+  const auto load = [&] { return cudaFuncGetAttributes(&attributes, take_words); };
+  if (while_captured(load) == cudaSuccess) return true;
+  cudaGetLastError();  // or the next launch would be blamed
+  return false;
+}
+
 static uint32_t* words_of(int device) {
   static std::mutex mutex;
   static uint32_t* words[kMostDevices] = {};
@@ -32,13 +51,9 @@ static uint32_t* words_of(int device) {
   const std::lock_guard lock(mutex);
   if (words[device]) return words[device];
   const DeviceGuard guard(device);
-  // What loads code is refused otherwise while any stream is captured.
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
   void* at = nullptr;
-  const cudaError_t found = cudaGetSymbolAddress(&at, status_words);
-  check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
-  check(found, "cudaGetSymbolAddress");
+  check(while_captured([&] { return cudaGetSymbolAddress(&at, status_words); }),
+        "cudaGetSymbolAddress");
   return words[device] = static_cast<uint32_t*>(at);
 }
 

@@ -9,6 +9,9 @@
 
 namespace recurra::cuda {
 
+// Whether the library has code that a device runs. Loads a kernel there, but waits for nothing.
+bool has_code(int device);
+
 // The word of an argument, "cu_seqlens" or "slots", of an op or its backward.
 uint32_t* status_word(const char* op, const char* argument, int device);
 

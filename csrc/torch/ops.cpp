@@ -65,6 +65,7 @@ STABLE_TORCH_LIBRARY(recurra, m) {
   m.def("_threads() -> int");
   m.def("_cells() -> str");
   m.def("_device_status(Tensor on) -> str");
+  m.def("_has_cuda_code(int device) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(recurra, CompositeExplicitAutograd, m) {

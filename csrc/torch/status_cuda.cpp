@@ -14,7 +14,12 @@ std::string device_status_cuda(Tensor on) {
   return out;
 }
 
+bool has_code_cuda(int64_t device) { return cuda::has_code(static_cast<int>(device)); }
+
 }  // namespace
 }  // namespace recurra
 
+STABLE_TORCH_LIBRARY_IMPL(recurra, CompositeExplicitAutograd, m) {
+  m.impl("_has_cuda_code", TORCH_BOX(&recurra::has_code_cuda));
+}
 RECURRA_CUDA_OPS(m) { m.impl("_device_status", RECURRA_BOX(&recurra::device_status_cuda)); }

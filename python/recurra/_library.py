@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import recurra
 
 _loaded: dict[str, str] = {}
 _problems: dict[str, str] = {}
 _refusals: list[torch.library.Library] = []
+_codes: dict[int, bool] = {}  # by the number of a CUDA device
+_CUDA_SWITCH = "RECURRA_CUDA"
 
 
 def find(name: str) -> Path | None:
@@ -38,7 +42,9 @@ def load() -> None:
     # The CUDA library only adds implementations, so a failure leaves the CPU ops whole. It loads
     # on a torch without CUDA too, but has nothing to serve there.
     cuda = find("_ops_cuda.so")
-    if cuda is None:
+    if os.environ.get(_CUDA_SWITCH) == "0":
+        _problems["cuda"] = f"not loaded: {_CUDA_SWITCH} is 0"
+    elif cuda is None:
         _problems["cuda"] = "not built: no nvcc was found when recurra was built"
     elif torch.version.cuda is None:
         _problems["cuda"] = "not loaded: this torch has no CUDA"
@@ -66,14 +72,42 @@ def refuse_on_cuda() -> torch.library.Library:
         def refuse(*args, short=short, **kwargs):
             if "cuda" in _loaded:
                 raise RuntimeError(f"{short}: this op has no CUDA kernel; move the tensors to cpu")
+            problem = _problems["cuda"]
+            advice = "unset it"
+            if _CUDA_SWITCH not in problem:
+                advice = (
+                    "install a wheel of recurra, or build it where nvcc is on the PATH, with a "
+                    "torch that has CUDA"
+                )
             raise RuntimeError(
-                f"{short}: the tensors are on a CUDA device, but the CUDA library is "
-                f"{_problems['cuda']}; install a wheel of recurra, or build it where nvcc is on "
-                "the PATH, with a torch that has CUDA"
+                f"{short}: the tensors are on a CUDA device, but the CUDA library is {problem}; "
+                f"{advice}"
             )
 
         library.impl(short, refuse)
     return library
+
+
+def served(x: Tensor) -> bool:
+    """Whether the compiled ops compute with a tensor where it is; if not, plain torch has to."""
+    return x.is_cpu or serves(x.device)
+
+
+def serves(device: torch.device) -> bool:
+    """:func:`served`, of the tensors of a device. Those of "meta" are traced by the same ops."""
+    if device.type == "cuda":
+        return "cuda" in _loaded and _has_code(device.index)
+    return device.type in ("cpu", "meta")
+
+
+@torch.compiler.assume_constant_result
+def _has_code(index: int) -> bool:
+    """Whether the CUDA library was built for a device. Where none has that number there are only
+    fake tensors, and a graph of them is to be one of the ops."""
+    if index not in _codes:
+        there = torch.cuda.is_available() and index < torch.cuda.device_count()
+        _codes[index] = not there or torch.ops.recurra._has_cuda_code(index)
+    return _codes[index]
 
 
 def xla_cuda() -> tuple[ctypes.CDLL | None, str]:

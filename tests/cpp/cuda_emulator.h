@@ -44,6 +44,7 @@ struct Runtime {
   int device = 0;                     // where none is
   cudaError_t next = cudaSuccess;     // what the next call returns
   cudaError_t last = cudaSuccess;     // for cudaGetLastError
+  cudaError_t code = cudaSuccess;     // what asking for the code of a kernel returns
   std::function<void()> meanwhile;    // what others do while this thread waits for the device
 
   cudaError_t returned() {
@@ -110,6 +111,13 @@ inline cudaError_t cudaDeviceSynchronize() { return recurra::cuda::emulator::run
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed };
 inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
   return cudaSuccess;
+}
+struct cudaFuncAttributes {};
+template <class... Arguments>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)(Arguments...)) {
+  auto& here = recurra::cuda::emulator::runtime;
+  if (here.code != cudaSuccess) here.last = here.code;
+  return here.code;
 }
 template <class T, size_t N>
 cudaError_t cudaGetSymbolAddress(void** to, T (&symbol)[N]) {

@@ -1,4 +1,5 @@
-// That kernels mark cu_seqlens and slots that they clamp, and no others.
+// That kernels mark cu_seqlens and slots that they clamp, and no others; and that a GPU for which
+// there is no code is known.
 #pragma once
 #include "case.h"
 #include "cuda/status.h"
@@ -57,6 +58,11 @@ inline void status_case(Case& c, const Shape&) {
     set(told, said == std::vector<std::string>{want} ? 1 : said.empty() ? 0 : 2, 0);
     if (cuda::take_status({}) != std::vector<std::string>{"slots of rnn_step"}) set(told, 3, 0);
     if (!cuda::take_status({}).empty()) set(told, 4, 0);
+    if (!cuda::has_code(0)) set(told, 5, 0);
+    cuda::emulator::runtime.code = cudaErrorNoKernelImageForDevice;
+    if (cuda::has_code(0)) set(told, 6, 0);
+    cuda::emulator::runtime.code = cudaSuccess;
+    if (cudaGetLastError() != cudaSuccess) set(told, 7, 0);
   };
 }
 

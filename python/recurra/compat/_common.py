@@ -10,6 +10,7 @@ from torch import Tensor
 
 from recurra import ops, reference
 from recurra._check import dtype_name, fail, state_dtype
+from recurra._library import served
 
 
 def absent(package: str) -> Callable[[str], object]:
@@ -23,8 +24,16 @@ def absent(package: str) -> Callable[[str], object]:
 
 
 def kernels(x: Tensor) -> ModuleType:
-    """Where the functions for ``x`` are: the compiled ops, or plain torch on other devices."""
-    return ops if x.is_cpu or x.is_meta else reference
+    """Where the functions for ``x`` are: the compiled ops, or plain torch where they do not serve
+    it."""
+    return ops if served(x) else reference
+
+
+def readable(x: Tensor) -> bool:
+    """Whether to look at values: there are some, and no kernel of ours has to be waited for."""
+    if type(x) is not Tensor or x.is_meta or torch.compiler.is_compiling():
+        return False
+    return x.is_cpu or not served(x)
 
 
 def records_gradient(*tensors: Tensor | None) -> bool:
@@ -76,14 +85,15 @@ def check_floating(op: str, name: str, x: Tensor, complex_too: bool = False) -> 
 
 def check_indices(op: str, name: str, x: Tensor, rows: int, states: int | None = None) -> None:
     """Refuses what is not one integer a row, and with ``states`` what is not a place among so many
-    of its own, or negative. A compiled call refuses no place that is repeated, and one that is too
-    large on the CPU alone: see :func:`in_slots`."""
+    of its own, or negative. Where values are not :func:`readable` it refuses no place that is
+    repeated, and one that is too large in a compiled call on the CPU alone: see
+    :func:`in_slots`."""
     check_integers(op, name, x)
     check_shape(op, name, x, "(batch,)", (rows,))
-    if states is None or x.is_meta:
+    if states is None:
         return
-    if torch.compiler.is_compiling():
-        if x.is_cpu:
+    if not readable(x):
+        if x.is_cpu and torch.compiler.is_compiling():
             sentence = f"{op}: {name} must be less than the number of states"
             torch._assert_async((x < states).all(), sentence)
         return
@@ -103,6 +113,22 @@ def in_slots(indices: Tensor, states: int) -> tuple[Tensor, Tensor]:
     return torch.where(used, indices, 0).long(), used
 
 
+def put_in_slots(pool: Tensor, rows: Tensor, used: Tensor, states: Tensor) -> None:
+    """Writes the state of each row to its place in ``pool``, of the rows that have one.
+
+    Picking these by ``used`` would wait for the device. The others write what the first of them
+    writes, or, where there is none, the first state as it is; a gradient goes to one of them.
+    """
+    if not rows.shape[0]:
+        return
+    each, first = torch.arange(rows.shape[0], device=rows.device), used.int().argmax()
+    row = torch.where(used, each, first)
+    one = [-1, *[1] * (states.dim() - 1)]
+    states = torch.where(used.view(one), states.to(pool.dtype), pool[rows])
+    states = torch.where((row == each).view(one), states, states.detach()[row])
+    pool.index_copy_(0, rows[row], states)
+
+
 def check_written(op: str, name: str, x: Tensor) -> None:
     """Refuses what cannot be written in place or has no fractions."""
     check_floating(op, name, x, complex_too=True)
@@ -120,11 +146,12 @@ def last_inputs(x: Tensor, cu_seqlens: Tensor, width: int, before: Tensor | None
     """The last ``width`` rows of each packed sequence, (total, D) -> (S, D, width).
 
     A sequence that is shorter is preceded by the last columns of ``before``, (S, D, width), or
-    zeros."""
+    zeros. Whatever ``cu_seqlens`` holds, no row is read that is not there."""
     start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     rows = end[:, None] - width + torch.arange(width, device=x.device)
     inside = rows >= start[:, None]
-    taken = x[rows.clamp(min=0)] if x.shape[0] else x.new_zeros(*rows.shape, x.shape[1])
+    last = x.shape[0] - 1
+    taken = x[rows.clamp(0, last)] if last >= 0 else x.new_zeros(*rows.shape, x.shape[1])
     if before is None:
         rest = x.new_zeros(())
     else:

@@ -1,7 +1,8 @@
 """What takes the place of the functions that transformers lets kernel packages replace.
 
 Each is made of the torch function, which goes on taking what recurra's does not, such as other
-activations, and of the implementation that was in its place, which keeps other devices.
+activations, and of the implementation that was in its place, which keeps the tensors that recurra
+does not serve.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from recurra._library import served
 from recurra.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from recurra.compat.fla.modules.convolution import causal_conv1d
 from recurra.compat.mamba_ssm import selective_scan_fn
 from recurra.compat.mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
@@ -38,17 +41,24 @@ def _convolution(torch_function: Callable, former: Callable) -> Callable:
         packed = cu_seqlens is not None or seq_idx is not None
         if packed and _scans(torch_function):
             raise ValueError("the scans of this model can't keep packed sequences apart")
-        if not hidden_states.is_cpu and not packed:
+        if not packed and not served(hidden_states):
             return former(hidden_states, weight, bias, activation=activation)
         if cu_seqlens is not None and seq_idx is None:
-            steps = torch.arange(hidden_states.shape[2], device=hidden_states.device)
-            seq_idx = torch.bucketize(steps, cu_seqlens[1:], right=True)[None]
+            rows, ends = hidden_states.transpose(1, 2), _ends(cu_seqlens, hidden_states.shape[2])
+            y, _ = causal_conv1d(rows, weight, bias, activation=activation, cu_seqlens=ends)
+            return y.transpose(1, 2)
         fits = activation in _ACTIVATIONS and weight.shape[1] > 1
         if not fits and not packed:
             return torch_function(hidden_states, weight, bias, activation)
         return causal_conv1d_fn(hidden_states, weight, bias, seq_idx, activation=activation)
 
     return convolution
+
+
+def _ends(cu_seqlens: Tensor, length: int) -> Tensor:
+    """The ends of sequences, from 0 to ``length`` whatever is missing."""
+    first, last = cu_seqlens.new_zeros(1), cu_seqlens.new_full((1,), length)
+    return torch.cat([first, cu_seqlens[1:].clamp(max=length), last])
 
 
 def _convolution_update(torch_function: Callable, former: Callable) -> Callable:
@@ -59,7 +69,7 @@ def _convolution_update(torch_function: Callable, former: Callable) -> Callable:
         bias: Tensor | None = None,
         activation: str | None = None,
     ) -> Tensor:
-        if not hidden_states.is_cpu:
+        if not served(hidden_states):
             return former(hidden_states, conv_state, weight, bias, activation)
         if activation in _ACTIVATIONS and weight.shape[1] > 1:
             return causal_conv1d_update(hidden_states, conv_state, weight, bias, activation)
@@ -96,7 +106,7 @@ def _scan(torch_function: Callable, former: Callable) -> Callable:
         return_last_state: bool = False,
     ):
         args = (hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
-        if not hidden_states.is_cpu:
+        if not served(hidden_states):
             return former(*args)
         rows = hidden_states, dt, B, C, z
         wide = functools.reduce(torch.promote_types, (t.dtype for t in rows if t is not None))
@@ -121,7 +131,7 @@ def _update(torch_function: Callable, former: Callable) -> Callable:
         dt_bias: Tensor | None = None,
         dt_softplus: bool = False,
     ) -> Tensor:
-        if not hidden_states.is_cpu:
+        if not served(hidden_states):
             return former(
                 state, hidden_states, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus
             )

@@ -55,9 +55,9 @@ def install(
 
     ``import mamba_ssm``, ``import causal_conv1d`` and ``import fla`` find the modules of
     :mod:`recurra.compat` from then on, and transformers' models run their convolutions, scans and
-    decoding steps on recurra's CPU kernels, whether they are imported already or later. What
-    recurra does not have stays as it is, function by function. A second call first undoes the
-    first. Models that were compiled before keep what they were compiled from.
+    decoding steps on recurra's kernels, on the CPU and on CUDA, whether they are imported already
+    or later. What recurra does not have stays as it is, function by function. A second call first
+    undoes the first. Models that were compiled before keep what they were compiled from.
 
     Args:
         force: stand in for packages that are there, too.

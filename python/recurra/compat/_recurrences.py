@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from recurra import ops
 from recurra._check import state_dtype
+from recurra._library import served
 from recurra.compat._common import parameter
 
 
@@ -43,7 +44,7 @@ def _recurrent_block(original: Callable) -> Callable:
         **kwargs,
     ) -> tuple[Tensor, None]:
         conv, length = self.conv_1d, input_states.shape[1]
-        if not input_states.is_cpu or length == 1 or not _is_plain(conv):
+        if not served(input_states) or length == 1 or not _is_plain(conv):
             args = (input_states, position_ids, attention_mask, use_cache)
             return original(self, *args, **kwargs)
         gate = self.act_fn(self.linear_y(input_states))
@@ -84,7 +85,7 @@ def _rg_lru(original: Callable) -> Callable:
         recurrent_states: Tensor | None,
         acc_dtype: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Tensor]:
-        if not hidden_states.is_cpu or hidden_states.shape[1] == 1:
+        if not served(hidden_states) or hidden_states.shape[1] == 1:
             return original(self, hidden_states, recurrent_gate, reset, recurrent_states, acc_dtype)
         gate = recurrent_gate * ~reset
         dtype = torch.promote_types(gate.dtype, hidden_states.dtype)
@@ -106,7 +107,7 @@ def _wkv(original: Callable) -> Callable:
         state: list[Tensor] | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, list[Tensor] | None]:
-        if not key.is_cpu:
+        if not served(key):
             return original(time_decay, time_first, key, value, state, return_state)
         wide = state_dtype(key.dtype)
         h0 = None

@@ -20,8 +20,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FunctionType, ModuleType
 
+import torch
 from torch import nn
 
+from recurra import _library
 from recurra.compat import _hooks, _recurrences
 
 _DECORATOR = "use_kernel_func_from_hub_with_fallback"
@@ -313,19 +315,20 @@ def _uses(layer: nn.Module, patches: Patches | None) -> Iterator[tuple[str, str]
         if isinstance(method, FunctionType)
         for name in _names(method)
     }
-    device = next((p.device.type for p in layer.parameters()), "cpu")
+    device = next((p.device for p in layer.parameters()), torch.device("cpu"))
+    served = _library.serves(device)
     for hook in hooks(module):
         if hook.name in names:
             where = _where(hook)
-            if where == "recurra" and device != "cpu":
-                where = f"torch (recurra has no kernel for {device})"
+            if where == "recurra" and not served:
+                where = f"torch (recurra has no kernel for {device.type})"
             elif where == "recurra" and not _hooks.takes(hook.func_name, layer):
                 where = "torch (recurra's convolution has no such activation)"
             yield hook.func_name, where
     for recurrence in _recurrences.ALL:
         if recurrence.module == module.__name__ and type(layer).__name__ == recurrence.layer:
             patched = patches is not None and recurrence.module in patches.modules
-            yield recurrence.name, "recurra" if patched and device == "cpu" else "torch"
+            yield recurrence.name, "recurra" if patched and served else "torch"
 
 
 def _names(method: FunctionType) -> set[str]:

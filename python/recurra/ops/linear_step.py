@@ -7,17 +7,23 @@ from torch import Tensor
 from torch.nn import functional
 
 from recurra._check import check
+from recurra._library import served
 from recurra.ops import _register
 
 _op = torch.ops.recurra._linear_step.default
+
+# Rows for which a GPU reads the weights once (kRows of csrc/linear_step/linear_step.cu). Of more of
+# them the product is one for its matrix units.
+_ROWS_ON_CUDA = 4
 
 
 def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     r"""A linear layer, :math:`y = x W^\top + b`, as fast as the weights can be read from memory.
 
-    For the CPU and a few rows; elsewhere it is :func:`torch.nn.functional.linear`. On the CPU a
-    row of ``y`` depends to the bit on its row of ``x`` alone, not on the other rows, the number of
-    threads, the instruction set or the memory layout.
+    For a few rows on the CPU, and up to four on CUDA; elsewhere it is
+    :func:`torch.nn.functional.linear`. As an op a row of ``y`` depends to the bit on its row of
+    ``x`` alone, not on the other rows, the number of threads, the instruction set or the memory
+    layout.
 
     Args:
         x: input, (B, K); float32, float64, bfloat16 or float16, any strides. Arithmetic is in
@@ -33,7 +39,7 @@ def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         RuntimeError: wrong shape, dtype or device, or gradients are enabled and an input requires
             one.
     """
-    if x.device.type != "cpu":
+    if not served(x) or (x.is_cuda and x.shape[0] > _ROWS_ON_CUDA):
         return functional.linear(x, weight, bias)
     return _op(x, weight, bias)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from recurra._check import check, fail, state_dtype
+from recurra._library import served
 from recurra.ops import _register
 
 _op = torch.ops.recurra._rms_norm.default
@@ -21,8 +22,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Zhang and Sennrich, "Root mean square layer normalization" (2019).
 
-    For the CPU, where it is one op that reads ``x`` once from memory; elsewhere it is
-    :func:`torch.nn.functional.rms_norm`. On the CPU a row of ``y`` depends to the bit on its row of
+    On the CPU and on CUDA, where it is one op that reads ``x`` once from memory; elsewhere it is
+    :func:`torch.nn.functional.rms_norm`. As an op a row of ``y`` depends to the bit on its row of
     ``x`` and on ``weight`` alone, and neither it nor a gradient on the number of threads, the
     instruction set or the memory layout. The backward keeps ``x``, ``weight`` and one number a
     row; differentiating it again raises. Under autocast nothing is cast.
@@ -39,7 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises:
         RuntimeError: wrong shape, dtype or device; also when differentiated twice.
     """
-    if not x.is_cpu:
+    if not served(x):
         return functional.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
     return _op(x, weight, eps)[0]
 

@@ -1,7 +1,8 @@
 """Stands in for causal_conv1d.causal_conv1d_interface: (B, D, L) in, (B, D, L) out.
 
 Besides what the package does these run on the CPU, in float64, with any width and number of
-channels, on any strides, and every gradient is right, that of the final states too.
+channels, on any strides, and every gradient is right, that of the final states too. On CUDA nothing
+waits for the device.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from recurra._check import fail
+from recurra._check import fail, state_dtype
 from recurra.compat import _common
 from recurra.compat._common import (
     absent,
@@ -22,6 +23,8 @@ from recurra.compat._common import (
     in_slots,
     kernels,
     parameter,
+    put_in_slots,
+    readable,
     records_gradient,
     state,
 )
@@ -46,7 +49,9 @@ def causal_conv1d_fn(
         weight: (dim, width) with width >= 2.
         bias: (dim,).
         seq_idx: (batch, seqlen), integers; neighbouring inputs of equal index are a sequence, and
-            no sequence sees another. The output is zero where the index is negative.
+            no sequence sees another. The output is zero where the index is negative. On CUDA and
+            under torch.compile, where nobody can count the sequences, it takes the memory of
+            width - 1 inputs in float32, or float64, for the time of the call.
         initial_states: (batch, dim, width - 1), the inputs before the first.
         return_final_states: return the last width - 1 inputs too.
         final_states_out: (batch, dim, width - 1), where to write them.
@@ -90,13 +95,24 @@ def _packed(op, rows: Tensor, weight, bias, seq_idx: Tensor, activation: str | N
     check_integers("causal_conv1d_fn", "seq_idx", seq_idx)
     wanted = tuple(rows.shape[:2])
     check_shape("causal_conv1d_fn", "seq_idx", seq_idx, "(batch, seqlen)", wanted)
+    one_row = rows.reshape(1, -1, rows.shape[2])
+    y, _ = op(one_row, weight, bias, activation=activation, cu_seqlens=_ends(seq_idx))
+    return y.view(rows.shape).masked_fill(seq_idx[..., None] < 0, 0)
+
+
+def _ends(seq_idx: Tensor) -> Tensor:
+    """The cu_seqlens of the runs of ``seq_idx``, one after another. Where its values are not to be
+    read there are as many sequences as inputs, the last ones empty."""
     starts = torch.ones_like(seq_idx, dtype=torch.bool)
     starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    ends = starts.new_tensor([seq_idx.numel()], dtype=torch.int64)
-    cu_seqlens = torch.cat([starts.flatten().nonzero()[:, 0], ends])
-    one_row = rows.reshape(1, -1, rows.shape[2])
-    y, _ = op(one_row, weight, bias, activation=activation, cu_seqlens=cu_seqlens)
-    return y.view(rows.shape).masked_fill(seq_idx[..., None] < 0, 0)
+    starts, count = starts.flatten(), seq_idx.numel()
+    end = torch.full((1,), count, dtype=torch.int64, device=seq_idx.device)
+    if readable(seq_idx):
+        return torch.cat([starts.nonzero()[:, 0], end])
+    each = torch.arange(count, device=seq_idx.device)
+    # What starts nothing says at the end that nothing comes after it.
+    place = torch.where(starts, starts.cumsum(0) - 1, count)
+    return end.expand(count + 1).scatter(0, place, torch.where(starts, each, count))
 
 
 def causal_conv1d_update(
@@ -141,16 +157,18 @@ def causal_conv1d_update(
     length, before = conv_state.shape[2], weight.shape[1] - 1
     if length < before:
         fail(name, f"state_len must be at least width - 1 = {before}, got {length}")
-    plain = cache_seqlens is None and conv_state_indices is None and x.shape[2] == 1
-    if plain and not records_gradient(x, conv_state, weight, bias):
-        return _step(x, conv_state, weight, bias, activation)
+    one = cache_seqlens is None and x.shape[2] == 1
+    in_place = conv_state_indices is None or conv_state.dtype == state_dtype(x.dtype)
+    if one and in_place and not records_gradient(x, conv_state, weight, bias):
+        return _step(x, conv_state, weight, bias, activation, conv_state_indices)
 
     rows = used = None
     if conv_state_indices is not None:
         rows, used = in_slots(conv_state_indices, conv_state.shape[0])
     states = conv_state if rows is None else conv_state[rows]
+    if rows is None and records_gradient(conv_state):
+        states = states.clone()  # a backward may need it, and the state is about to change
     if cache_seqlens is None:
-        # A backward may need it, and the state is about to change.
         h0 = states[..., length - before :].clone()
     else:
         places = cache_seqlens.long()[:, None] + torch.arange(-before, x.shape[2], device=x.device)
@@ -172,7 +190,7 @@ def causal_conv1d_update(
     if rows is None:
         conv_state.copy_(states)
         return y
-    conv_state[rows[used]] = states[used]
+    put_in_slots(conv_state, rows, used, states)
     return y.masked_fill(~used[:, None, None], 0)
 
 
@@ -200,8 +218,8 @@ def _check_state(name: str, x: Tensor, conv_state: Tensor, cache_seqlens, indice
     check_written(name, "conv_state", conv_state)
 
 
-def _step(x: Tensor, conv_state: Tensor, weight, bias, activation: str | None) -> Tensor:
-    """One input for each state, (B, D, 1)."""
+def _step(x: Tensor, conv_state: Tensor, weight, bias, activation: str | None, slots) -> Tensor:
+    """One input a row, (B, D, 1)."""
     rows = conv_state.transpose(1, 2)
     h = state(rows, x)
     y = kernels(x).causal_conv1d_step(
@@ -210,6 +228,7 @@ def _step(x: Tensor, conv_state: Tensor, weight, bias, activation: str | None) -
         parameter(weight, x),
         parameter(bias, x),
         activation=_common.activation(activation),
+        slots=slots,
     )
     if h is not rows:
         rows.copy_(h)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from recurra._check import fail
-from recurra.compat._common import absent, check_dims, check_indices, last_inputs
+from recurra.compat._common import absent, check_dims, check_indices, last_inputs, readable
 
 __getattr__ = absent("causal_conv1d")
 
@@ -24,7 +24,8 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
 
     Raises:
         RuntimeError: an argument has the wrong shape or dtype, ``cu_seqlens`` does not ascend from
-            0 to total, or ``state_len`` is negative.
+            0 to total, or ``state_len`` is negative. On CUDA and under torch.compile the values of
+            ``cu_seqlens`` are not looked at.
     """
     _check(x, cu_seqlens, state_len)
     return last_inputs(x, cu_seqlens, state_len)
@@ -48,6 +49,8 @@ def _check(x: Tensor, cu_seqlens: Tensor, state_len: int) -> None:
     check_indices(op, "cu_seqlens", cu_seqlens, len(cu_seqlens))
     if state_len < 0:
         fail(op, f"state_len must be at least 0, got {state_len}")
+    if not readable(cu_seqlens):
+        return
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != x.shape[0] or ends != sorted(ends):
         fail(op, f"cu_seqlens must ascend from 0 to {x.shape[0]}, got {ends[0]} to {ends[-1]}")

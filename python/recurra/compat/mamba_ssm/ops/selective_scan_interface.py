@@ -37,7 +37,8 @@ def selective_scan_fn(
         A: (dim, dstate), real or complex.
         B, C: (batch, dstate, seqlen), (batch, groups, dstate, seqlen), or constant in time,
             (dim, dstate). Where A is complex those that vary are real, real and imaginary parts
-            alternating along (…, 2 seqlen), and constant ones complex.
+            alternating along (…, 2 seqlen), and constant ones complex. The gradient of a constant
+            takes the memory of (batch, seqlen, dim, dstate) before it is summed.
         D, delta_bias: (dim,).
         z: gate, (batch, dim, seqlen).
         delta_softplus: apply softplus to ``delta + delta_bias``.
@@ -128,7 +129,9 @@ def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:
                 fail(op, f"the number of groups of {name} must divide dim = {dim}, got {groups}")
         else:
             check_shape(op, name, x, f"(batch, dstate, {last})", (batch, N, long))
-    if min(B.dim(), C.dim()) == 2 and not torch.is_autocast_enabled(u.device.type):
+    on = u.device.type
+    cast = torch.amp.is_autocast_available(on) and torch.is_autocast_enabled(on)
+    if min(B.dim(), C.dim()) == 2 and not cast:
         # The op would say so, but for what is widened beside constants.
         for name, x in (("delta", delta), ("z", z), ("B", B), ("C", C)):
             if x is not None and x.dim() > 2 and x.dtype != u.dtype:

@@ -15,6 +15,7 @@ from recurra.compat._common import (
     in_slots,
     kernels,
     parameter,
+    put_in_slots,
     records_gradient,
     state,
 )
@@ -124,7 +125,7 @@ def _update(ops, whole, x, dt, A, B, C, D, z, dt_bias, dt_softplus, slots):
     if slots is None:
         whole.copy_(h.view(whole.shape))
         return y.view(shape).to(dtype)
-    whole[rows[used]] = h[used].view(-1, *whole.shape[1:]).to(whole.dtype)
+    put_in_slots(whole, rows, used, h.view(-1, *whole.shape[1:]))
     return y.masked_fill(~used[:, None], 0).view(shape).to(dtype)
 
 
