@@ -291,6 +291,19 @@ def test_import_leaves_the_process_alone():
     )
 
 
+def test_import_leaves_the_compiler_of_torch_alone():
+    """Which takes longer to import than recurra."""
+    run_python(
+        """
+        import sys
+        import torch
+        before = "torch._dynamo" in sys.modules
+        import recurra
+        assert before or "torch._dynamo" not in sys.modules
+        """
+    )
+
+
 @every_op
 def test_floating_point_state(op):
     """Subnormals before, during and after; rounding mode and flush state as the process had it."""

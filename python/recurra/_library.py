@@ -100,7 +100,6 @@ def serves(device: torch.device) -> bool:
     return device.type in ("cpu", "meta")
 
 
-@torch.compiler.assume_constant_result
 def _has_code(index: int) -> bool:
     """Whether the CUDA library was built for a device. Where none has that number there are only
     fake tensors, and a graph of them is to be one of the ops."""
@@ -108,6 +107,10 @@ def _has_code(index: int) -> bool:
         there = torch.cuda.is_available() and index < torch.cuda.device_count()
         _codes[index] = not there or torch.ops.recurra._has_cuda_code(index)
     return _codes[index]
+
+
+# What torch.compiler.assume_constant_result does, which imports the whole compiler to do it.
+_has_code._dynamo_marked_constant = True
 
 
 def xla_cuda() -> tuple[ctypes.CDLL | None, str]:
