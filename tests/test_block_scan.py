@@ -76,11 +76,31 @@ def test_blocks_of_four_have_the_same_bits_in_any_layout(dtype, reverse):
         h, last = block_scan(*x, reverse=reverse)
         return [h, last, *torch.autograd.grad([h, last], x, [dh, h0])]
 
-    apart = torch.empty(2, 37, 69, 4, 5, dtype=dtype)[..., :4].copy_(A)
-    turned = A.mT.contiguous().mT
-    for other in (apart, turned):
+    for other in (_apart(A), A.mT.contiguous().mT):
         for x, y in zip(both(A, b, h0), both(other, b, h0), strict=True):
             assert same_bits(x, y)
+
+
+@pytest.mark.parametrize("N", [256, 69])
+def test_blocks_of_four_past_the_caches(N):
+    """Outputs of 8 MiB and more; of 69 blocks only every fourth step begins a cache line."""
+    draw = Draw(N)
+    T = (8 << 20) // (16 * N) + 1
+    A = draw.uniform(-0.5, 0.5, 1, T, N, 4, 4, dtype=torch.float32)
+    b, dh = (draw.normal(1, T, N, 4, dtype=torch.float32) for _ in range(2))
+
+    def both(*x):
+        x = [v.detach().requires_grad_() for v in x]
+        h, _ = block_scan(*x)
+        return [h, *torch.autograd.grad(h, x, dh)]
+
+    for x, y in zip(both(A, b), both(_apart(A), b), strict=True):
+        assert same_bits(x, y)
+
+
+def _apart(A):
+    """The same matrices in rows that do not lie side by side."""
+    return A.new_empty(*A.shape[:-1], 5)[..., :4].copy_(A)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 9), (2, 1, 9), (1, 1, 1), (2, 40, 1), (1, 40, 9)])

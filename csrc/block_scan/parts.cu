@@ -21,6 +21,12 @@ struct Reduce {
   bool packed = false, gradient = false;
 };
 
+// What is zero, or not finite, as a state stays so, though a double holds more.
+RECURRA_FN double limited(double v, bool single) {
+  const float rounded = static_cast<float>(v);
+  return single && (rounded == 0 || rounded - rounded != 0) ? rounded : v;
+}
+
 // K threads have a row of each column's numbers each. A matrix that all steps share comes out of
 // the cache again and again: what bounds this walk is the k (k + 1) shuffles of a step.
 template <class S, int K>
@@ -71,6 +77,7 @@ __global__ void __launch_bounds__(kThreads, 1) reduce(const Reduce<S> p) {
         });
         const double given = x[i];
         state = p.gradient ? times(given + state, 0) : times(state, given);
+        state = limited(state, sizeof(T) == sizeof(float));
       }
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
@@ -96,12 +103,6 @@ struct Combine {
   int k;
   bool single;  // whether states are floats
 };
-
-// What is zero, or not finite, as a state stays so, though a double holds more.
-RECURRA_FN double limited(double v, bool single) {
-  const float rounded = static_cast<float>(v);
-  return single && (rounded == 0 || rounded - rounded != 0) ? rounded : v;
-}
 
 template <int K>
 __global__ void __launch_bounds__(kThreads, 1) combine(const Combine p) {

@@ -38,7 +38,12 @@ bool has_code(int device) {
   const DeviceGuard guard(device);
   cudaFuncAttributes attributes;
   const auto load = [&] { return cudaFuncGetAttributes(&attributes, take_words); };
-  if (while_captured(load) == cudaSuccess) return true;
+  const cudaError_t error = while_captured(load);
+  if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction &&
+      error != cudaErrorUnsupportedPtxVersion) {
+    check(error, "cudaFuncGetAttributes");  // such as memory that is full says nothing of the code
+    return true;
+  }
   cudaGetLastError();  // or the next launch would be blamed
   return false;
 }

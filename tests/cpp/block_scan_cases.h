@@ -77,25 +77,32 @@ struct SplitBlocks {
   }
 };
 
-// What no order of operations rounds: whole numbers that permutations move, or, with `zero`, none
-// at all under matrices whose products soon are infinite. The arrays are those of a dense case.
+// What no order of operations rounds: whole numbers that permutations move; or, with `zero`, none
+// at all under matrices whose products soon are infinite; or, with `over`, two in a row that add up
+// to more than there is, and what follows is not finite again however small the matrices. The
+// arrays are those of a dense case.
 struct Exact {
-  bool exact, zero;
+  bool exact, zero, over;
 
-  explicit Exact(Case& c) : exact(c.random.chance(30)), zero(exact && c.random.chance(50)) {
+  explicit Exact(Case& c, bool may_overflow = false)
+      : exact(c.random.chance(30)),
+        zero(exact && c.random.chance(50)),
+        over(exact && !zero && may_overflow && c.random.chance(50)) {
     if (exact) c.dense();
   }
   // As many steps as it takes, and not more blocks than are emulated.
   Shape shape(const Shape& s) const {
-    return zero ? Shape{s.batch, 40, std::min<int64_t>(s.channels, 2)} : s;
+    return zero || over ? Shape{s.batch, 40, std::min<int64_t>(s.channels, 2)} : s;
   }
   template <int N>
   void fill(Case& c, const View<N>& v) const {
+    if (over) return fill_over(v);
     each(v, [&](int64_t at) { put(v, at, zero ? 0 : static_cast<double>(c.random.below(3) - 1)); });
   }
   void permute(Case& c, const View<5>& A) const {
     const int64_t k = A.size[4];
-    const double one = !zero                   ? 1
+    const double one = over                    ? 0.5
+                       : !zero                 ? 1
                        : A.dtype == DType::f64 ? 0x1p1000
                        : A.dtype == DType::f16 ? 0x1p15
                                                : 0x1p127;
@@ -112,6 +119,18 @@ struct Exact {
   }
 
  private:
+  template <int N>
+  static void fill_over(const View<N>& v) {
+    const double most = v.dtype == DType::f64 ? 0x1.8p1023 : 0x1.8p127;
+    each(v, [&](int64_t at) {
+      bool there = false;
+      if constexpr (N == 4) {
+        const int64_t t = at / (v.size[2] * v.size[3]) % v.size[1];
+        there = t == 3 || t == 4;
+      }
+      put(v, at, there ? most : 0);
+    });
+  }
   template <int N, class F>
   static void each(const View<N>& v, F f) {
     int64_t count = v ? 1 : 0;
@@ -147,7 +166,7 @@ inline void block_scan_case(Case& c, const Shape& given) {
   const DType dtype = activation(c.random), state = state_of(dtype);
   const auto one_of = [&](int64_t n) { return c.random.chance(25) ? 1 : n; };
   const int64_t k = block_size(c.random);
-  const Exact exact(c);
+  const Exact exact(c, true);
   const Shape s = exact.shape(block_shape(given, k));
   const int64_t size[] = {s.batch, s.time, s.channels, k};
   args.reverse = c.random.chance(40);

@@ -30,7 +30,13 @@ inline thread_local Dim3 gridDim, blockDim, blockIdx, threadIdx;  // those of th
 // ---- the runtime
 // ---------------------------------------------------------------------------------
 
-enum cudaError_t { cudaSuccess, cudaErrorNoKernelImageForDevice, cudaErrorMemoryAllocation };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorNoKernelImageForDevice,
+  cudaErrorInvalidDeviceFunction,
+  cudaErrorUnsupportedPtxVersion,
+  cudaErrorMemoryAllocation
+};
 inline const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "an error";
 }

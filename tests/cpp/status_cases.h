@@ -1,5 +1,5 @@
 // That kernels mark cu_seqlens and slots that they clamp, and no others; and that a GPU for which
-// there is no code is known.
+// there is no code is known, and not taken for one that only lacks memory.
 #pragma once
 #include "case.h"
 #include "cuda/status.h"
@@ -61,6 +61,12 @@ inline void status_case(Case& c, const Shape&) {
     if (!cuda::has_code(0)) set(told, 5, 0);
     cuda::emulator::runtime.code = cudaErrorNoKernelImageForDevice;
     if (cuda::has_code(0)) set(told, 6, 0);
+    cuda::emulator::runtime.code = cudaErrorMemoryAllocation;
+    try {
+      cuda::has_code(0);
+      set(told, 8, 0);
+    } catch (const std::runtime_error&) {
+    }
     cuda::emulator::runtime.code = cudaSuccess;
     if (cudaGetLastError() != cudaSuccess) set(told, 7, 0);
   };
