@@ -430,6 +430,30 @@ def test_without_its_library_cuda_is_told_why():
     )
 
 
+def test_the_switch_leaves_cuda_out():
+    run_python(
+        """
+        import jax, numpy as np, recurra
+        from recurra import _library
+
+        _library.find = lambda name: "libc.so.6"  # as if there were one that loads
+        assert _library.xla_cuda()[0] is None
+        import recurra.jax as rj
+
+        x = np.ones((1, 5, 4), np.float32)
+        scan = jax.jit(lambda x: rj.linear_scan(x, x)[0])
+        try:
+            scan.trace(x).lower(lowering_platforms=("cuda",))
+        except ValueError as error:
+            assert "here, since RECURRA_CUDA is 0: unset it, or place it with" in str(error), error
+        else:
+            raise AssertionError("not refused")
+        assert scan(x).shape == x.shape
+        """,
+        RECURRA_CUDA="0",
+    )
+
+
 def gpus() -> list:
     try:
         return jax.devices("cuda") if torch.cuda.is_available() else []

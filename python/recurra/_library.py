@@ -16,6 +16,7 @@ _problems: dict[str, str] = {}
 _refusals: list[torch.library.Library] = []
 _codes: dict[int, bool] = {}  # by the number of a CUDA device
 _CUDA_SWITCH = "RECURRA_CUDA"
+_switched_off = os.environ.get(_CUDA_SWITCH) == "0"
 
 
 def find(name: str) -> Path | None:
@@ -42,7 +43,7 @@ def load() -> None:
     # The CUDA library only adds implementations, so a failure leaves the CPU ops whole. It loads
     # on a torch without CUDA too, but has nothing to serve there.
     cuda = find("_ops_cuda.so")
-    if os.environ.get(_CUDA_SWITCH) == "0":
+    if _switched_off:
         _problems["cuda"] = f"not loaded: {_CUDA_SWITCH} is 0"
     elif cuda is None:
         _problems["cuda"] = "not built: no nvcc was found when recurra was built"
@@ -114,14 +115,17 @@ _has_code._dynamo_marked_constant = True
 
 
 def xla_cuda() -> tuple[ctypes.CDLL | None, str]:
-    """The ops as custom calls of XLA on CUDA; or None, and why."""
+    """The ops as custom calls of XLA on CUDA; or None, and why and what to do."""
+    if _switched_off:
+        return None, f"{_CUDA_SWITCH} is 0: unset it"
+    advice = "install a wheel of recurra, build it where nvcc is on the PATH"
     path = find("_xla_cuda.so")
     if path is None:
-        return None, "recurra was built without nvcc"
+        return None, f"recurra was built without nvcc: {advice}"
     try:
         return ctypes.CDLL(str(path)), ""
     except OSError as error:
-        return None, f"its library cannot be loaded ({error})"
+        return None, f"its library cannot be loaded ({error}): {advice}"
 
 
 def loaded() -> dict[str, str]:

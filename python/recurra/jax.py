@@ -246,11 +246,7 @@ _rules = {"cpu": _lower, "cuda": _lower}
 for _platform in ("rocm", "tpu"):
     _rules[_platform] = _refuse(_platform, "kernels for the CPU and for CUDA only:")
 if _cuda is None:
-    _rules["cuda"] = _refuse(
-        "cuda",
-        f"no CUDA kernels here, since {_no_cuda}: install a wheel of recurra, build it where nvcc "
-        "is on the PATH, or",
-    )
+    _rules["cuda"] = _refuse("cuda", f"no CUDA kernels here, since {_no_cuda}, or")
 for _platform, _rule in _rules.items():
     mlir.register_lowering(_primitive, _rule, platform=_platform)
 
