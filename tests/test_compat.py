@@ -323,6 +323,10 @@ def test_stand_ins_compile():
     same(copies, states, 1e-6)
 
 
+class Subclass(torch.Tensor):
+    """One that only has another name."""
+
+
 def test_compiled_steps_in_slots():
     """An index that is too large is refused there too, or skipped, where nobody can look."""
     x, dt, state = torch.randn(2, 6), torch.randn(2, 6), torch.randn(3, 6, 4).double()
@@ -345,5 +349,8 @@ def test_compiled_steps_in_slots():
         same(got, want, 1e-6)
         with pytest.raises(RuntimeError, match=f"{name} must be less than the number of states"):
             compiled(got, torch.tensor([1, 3]))
+    for subclass in (Subclass, lambda x: torch.nn.Parameter(x, requires_grad=False)):
+        with pytest.raises(RuntimeError, match="state_batch_indices must be less than"):
+            ssm(state, subclass(torch.tensor([1, 3])))
     rows, used = _common.in_slots(torch.tensor([2, -1, 3, 0]), 3)
     assert rows.tolist() == [2, 0, 0, 0] and used.tolist() == [True, False, False, True]

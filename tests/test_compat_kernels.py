@@ -363,6 +363,18 @@ def test_states_of_packed_sequences():
             causal_conv1d_varlen.causal_conv1d_varlen_states(x, torch.tensor(wrong), 4)
 
 
+def test_compiled_states_of_packed_sequences():
+    """Ends that are wrong are refused there too."""
+    torch._dynamo.reset()
+    function = causal_conv1d_varlen.causal_conv1d_varlen_states
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    x = rand(11, 3)
+    same(compiled(x, torch.tensor([0, 2, 2, 11]), 4), function(x, torch.tensor([0, 2, 2, 11]), 4))
+    for wrong in ([0, 2, 2, 5], [1, 2, 2, 11], [0, 8, 3, 11]):
+        with pytest.raises(RuntimeError, match="cu_seqlens must ascend from 0 to the number"):
+            compiled(x, torch.tensor(wrong), 4)
+
+
 def step_formula(state, x, dt, A, B, C, D, z, bias):
     """(B, H, P, N)."""
     heads = state.shape[1]

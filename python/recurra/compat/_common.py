@@ -7,6 +7,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from recurra import ops, reference
 from recurra._check import dtype_name, fail, state_dtype
@@ -31,7 +32,10 @@ def kernels(x: Tensor) -> ModuleType:
 
 def readable(x: Tensor) -> bool:
     """Whether to look at values: there are some, and no kernel of ours has to be waited for."""
-    if type(x) is not Tensor or x.is_meta or torch.compiler.is_compiling():
+    if x.is_meta or torch.compiler.is_compiling():
+        return False
+    # is_fake takes as long as a small op, and what it looks for is always a subclass.
+    if type(x) is not Tensor and is_fake(x):
         return False
     return x.is_cpu or not served(x)
 
@@ -93,9 +97,8 @@ def check_indices(op: str, name: str, x: Tensor, rows: int, states: int | None =
     if states is None:
         return
     if not readable(x):
-        if x.is_cpu and torch.compiler.is_compiling():
-            sentence = f"{op}: {name} must be less than the number of states"
-            torch._assert_async((x < states).all(), sentence)
+        sentence = f"{op}: {name} must be less than the number of states"
+        assert_compiled(x, lambda: x < states, sentence)
         return
     used = [i for i in x.tolist() if i >= 0]
     if any(i >= states for i in used):
@@ -103,6 +106,13 @@ def check_indices(op: str, name: str, x: Tensor, rows: int, states: int | None =
     if len(set(used)) < len(used):
         twice = next(i for i in used if used.count(i) > 1)
         fail(op, f"{name} must not repeat a state, got {twice} more than once")
+
+
+def assert_compiled(x: Tensor, right: Callable[[], Tensor], sentence: str) -> None:
+    """Makes a compiled call refuse the values of ``x``, which are not :func:`readable`, where not
+    all of ``right()`` is true: on the CPU, where that is no waiting."""
+    if x.is_cpu and torch.compiler.is_compiling():
+        torch._assert_async(right().all(), sentence)
 
 
 def in_slots(indices: Tensor, states: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from recurra._check import fail
-from recurra.compat._common import absent, check_dims, check_indices, last_inputs, readable
+from recurra.compat._common import (
+    absent,
+    assert_compiled,
+    check_dims,
+    check_indices,
+    last_inputs,
+    readable,
+)
 
 __getattr__ = absent("causal_conv1d")
 
@@ -24,7 +31,7 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
 
     Raises:
         RuntimeError: an argument has the wrong shape or dtype, ``cu_seqlens`` does not ascend from
-            0 to total, or ``state_len`` is negative. On CUDA and under torch.compile the values of
+            0 to total, or ``state_len`` is negative. Where the kernels of CUDA run, the values of
             ``cu_seqlens`` are not looked at.
     """
     _check(x, cu_seqlens, state_len)
@@ -50,7 +57,15 @@ def _check(x: Tensor, cu_seqlens: Tensor, state_len: int) -> None:
     if state_len < 0:
         fail(op, f"state_len must be at least 0, got {state_len}")
     if not readable(cu_seqlens):
+        sentence = f"{op}: cu_seqlens must ascend from 0 to the number of rows of x"
+        assert_compiled(cu_seqlens, lambda: _ascends(cu_seqlens, x.shape[0]), sentence)
         return
     ends = cu_seqlens.tolist()
     if ends[0] != 0 or ends[-1] != x.shape[0] or ends != sorted(ends):
         fail(op, f"cu_seqlens must ascend from 0 to {x.shape[0]}, got {ends[0]} to {ends[-1]}")
+
+
+def _ascends(cu_seqlens: Tensor, total: int) -> Tensor:
+    """What must all be true."""
+    ends = torch.stack([cu_seqlens[0] == 0, cu_seqlens[-1] == total])
+    return torch.cat([ends, cu_seqlens[1:] >= cu_seqlens[:-1]])
