@@ -158,7 +158,8 @@ __global__ void __launch_bounds__(kThreadsOfSpan) spans(const Backward<S> p) {
         __syncthreads();
 
         T ds(0);
-        g.advance(at, t);
+        // Steps behind the end have no sequence: not to walk all that are empty there to see it.
+        g.advance(at, least(t, g.time - 1));
         const bool held = at.holds(t) && t < end + W - 1;
         if (mine && held && dy) {
           T in[W];
