@@ -228,12 +228,36 @@ def test_served(loaded, monkeypatch):
     assert not _library.serves(devices[2]) and op._schemas
 
 
-def test_linear_step_leaves_many_rows_on_cuda_to_torch(loaded):
-    for rows, op in ((4, {"_linear_step"}), (5, set())):
-        with torch.no_grad(), FakeTensorMode(), Ops() as ops:
-            x, weight = torch.empty(rows, 3, device="cuda"), torch.empty(5, 3, device="cuda")
-            assert linear_step(x, weight).shape == (rows, 5)
-        assert ops.seen == op
+@pytest.fixture
+def autocast():
+    """To float16 on CUDA, which torch.autocast does not turn on where there is no GPU."""
+    torch.set_autocast_enabled("cuda", True)
+    yield
+    torch.set_autocast_enabled("cuda", False)
+
+
+def test_linear_step_leaves_many_rows_on_cuda_to_torch(loaded, autocast):
+    """And what holds for few rows holds for many: no autocast, float32 parameters, no gradient."""
+    narrow, wide = torch.bfloat16, torch.float32
+    for rows, dtype, parameters, torch_has in (
+        (4, wide, wide, False),
+        (5, wide, wide, True),
+        (5, narrow, narrow, True),
+        (4, narrow, wide, False),
+        (5, narrow, wide, False),
+    ):
+        with FakeTensorMode():
+            x = torch.empty(rows, 3, device="cuda", dtype=dtype)
+            weight = torch.empty(5, 3, device="cuda", dtype=parameters)
+            bias = weight[:, 0]
+            with torch.no_grad(), Ops() as ops:
+                for y in (linear_step(x, weight), linear_step(x, weight, bias)):
+                    assert y.shape == (rows, 5) and y.dtype == dtype
+            assert ops.seen == (set() if torch_has else {"_linear_step"})
+            with pytest.raises(RuntimeError, match="bias must have shape"):
+                linear_step(x, weight, bias[:1])
+            with pytest.raises(RuntimeError, match="linear_step has no gradient"):
+                linear_step(x.requires_grad_(), weight)
 
 
 def test_the_norm_casts_where_torch_computes_it(unloaded):

@@ -20,10 +20,10 @@ _ROWS_ON_CUDA = 4
 def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     r"""A linear layer, :math:`y = x W^\top + b`, as fast as the weights can be read from memory.
 
-    For a few rows on the CPU, and up to four on CUDA; elsewhere it is
-    :func:`torch.nn.functional.linear`. As an op a row of ``y`` depends to the bit on its row of
-    ``x`` alone, not on the other rows, the number of threads, the instruction set or the memory
-    layout.
+    For a few rows on the CPU, and up to four on CUDA; of more of them there, all of one dtype, and
+    elsewhere it is :func:`torch.nn.functional.linear`. As an op a row of ``y`` depends to the bit
+    on its row of ``x`` alone, not on the other rows, the number of threads, the instruction set or
+    the memory layout. Under autocast nothing is cast.
 
     Args:
         x: input, (B, K); float32, float64, bfloat16 or float16, any strides. Arithmetic is in
@@ -39,9 +39,21 @@ def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         RuntimeError: wrong shape, dtype or device, or gradients are enabled and an input requires
             one.
     """
-    if not served(x) or (x.is_cuda and x.shape[0] > _ROWS_ON_CUDA):
+    if not served(x):
         return functional.linear(x, weight, bias)
+    if x.is_cuda and x.shape[0] > _ROWS_ON_CUDA and _same_in_torch(x, weight, bias):
+        with torch.autocast("cuda", enabled=False):
+            return functional.linear(x, weight, bias)
     return _op(x, weight, bias)
+
+
+def _same_in_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch takes these as the op does; what it takes otherwise, the op is to refuse."""
+    if x.dim() != 2 or weight.dim() != 2 or weight.dtype != x.dtype:
+        return False
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]):
+        return False
+    return x.is_floating_point() and not _register.differentiated("linear_step", (x, weight, bias))
 
 
 @_register.fake("_linear_step")
