@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compat_calls import CALLS, Call, FormerError
-from recurra import _library
+from recurra import _library, reference
 from recurra.compat import _common
 from recurra.compat.causal_conv1d import causal_conv1d_interface, causal_conv1d_varlen
 from recurra.ops.linear_step import linear_step
@@ -63,7 +63,7 @@ class Ops(TorchDispatchMode):
 
 
 class Seen(Ops):
-    """Notes them and refuses nothing."""
+    """Notes them and refuses tensors of two devices in one op alone."""
 
     refused = ()
 
@@ -72,9 +72,15 @@ class Seen(Ops):
 def guarded():
     """Lets a torch without CUDA index fake tensors on it, which it refuses for want of what makes
     a device current: for meta tensors that is something which does nothing, and it will do."""
+    if torch.version.cuda is not None:
+        yield
+        return
     cuda, meta = 1, 14  # of c10::DeviceType
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    guards = (ctypes.c_void_p * 20).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+        guards = (ctypes.c_void_p * 20).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    except (OSError, ValueError) as error:
+        pytest.skip(f"this torch hides what makes a device current: {error}")
     before = guards[cuda]
     guards[cuda] = before or guards[meta]
     yield
@@ -304,6 +310,15 @@ def test_put_in_slots():
             assert torch.equal(one, other)
 
 
+def test_the_reference_skips_slots_that_are_not_there():
+    h, a, b = torch.randn(3, 4), torch.rand(4, 4), torch.randn(4, 4)
+    want = h.clone()
+    want[2] = a[0] * h[2] + b[0]
+    y = reference.linear_scan_step(h, a, b, slots=torch.tensor([2, 3, -1, 90]))
+    torch.testing.assert_close(h, want)
+    assert torch.equal(y[0], h[2]) and not y[1:].any()
+
+
 # ---- on a GPU -----------------------------------------------------------------------------------
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -331,9 +346,9 @@ def test_computes_what_the_cpu_does(call, dtype):
         rows = [x.requires_grad_(not call.step) for x in given.values() if x.is_floating_point()]
         with guard:
             out = call.run(given)
-        if not call.step:
-            loss = sum(x.double().square().sum() for x in out)
-            out += torch.autograd.grad(loss, rows, allow_unused=True, materialize_grads=True)
+            if not call.step:
+                loss = sum(x.double().square().sum() for x in out)
+                out += torch.autograd.grad(loss, rows, allow_unused=True, materialize_grads=True)
         return [x.detach().cpu() for x in out]
 
     wide = {
@@ -343,10 +358,12 @@ def test_computes_what_the_cpu_does(call, dtype):
     guard = without_waiting() if call.name != "Mamba" else contextlib.nullcontext()
     got, want = evaluate(there, guard), evaluate(wide, contextlib.nullcontext())
     eps = 2.0**-23 if call.narrow and dtype == torch.float64 else torch.finfo(dtype).eps
+    # What is stored in 16 bits is rounded a few times; of the others the arithmetic counts.
+    bound = (16 if dtype.itemsize == 2 else 200) * eps
     for one, other in zip(got, want, strict=True):
         scale = max(other.abs().max().item(), 1.0)
         error = (one.to(other.dtype) - other).abs().max().item() / scale
-        assert error <= 200 * eps, error
+        assert error <= bound, error
 
 
 @pytest.mark.gpu

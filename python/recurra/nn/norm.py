@@ -11,7 +11,8 @@ from recurra.ops.rms_norm import rms_norm
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root mean square norm over the last dimension, in one pass over memory each way on the CPU.
+    """Root mean square norm over the last dimension, in one pass over memory each way where
+    the kernels run.
 
     Zhang and Sennrich, "Root mean square layer normalization" (2019). Parameters are those of
     :class:`torch.nn.RMSNorm`.

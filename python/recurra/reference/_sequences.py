@@ -41,11 +41,12 @@ def unpack(scan, x: Tensor, h0: Tensor | None, cu_seqlens: Tensor | None):
 def slot_step(step, h: Tensor, slots: Tensor | None, out: Tensor) -> Tensor:
     """Runs ``step(row states, rows) -> (new states, outputs)`` on the rows that have a state.
 
-    ``h`` is updated in place, ``out`` (zeros) receives the outputs.
+    ``h`` is updated in place, ``out`` (zeros) receives the outputs. A slot below zero or past the
+    last state skips its row, as on a GPU.
     """
     if slots is None:
         slots = torch.arange(h.shape[0])
-    rows = torch.nonzero(slots >= 0)[:, 0]
+    rows = torch.nonzero((slots >= 0) & (slots < h.shape[0]))[:, 0]
     used = slots[rows].long()
     new, y = step(h[used], rows)
     h[used] = new.to(h.dtype)

@@ -1,8 +1,8 @@
 """Stands in for causal_conv1d.causal_conv1d_interface: (B, D, L) in, (B, D, L) out.
 
 Besides what the package does these run on the CPU, in float64, with any width and number of
-channels, on any strides, and every gradient is right, that of the final states too. On CUDA nothing
-waits for the device.
+channels, on any strides, and every gradient is right, that of the final states too. Where the
+kernels of CUDA run, nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ def causal_conv1d_fn(
         weight: (dim, width) with width >= 2.
         bias: (dim,).
         seq_idx: (batch, seqlen), integers; neighbouring inputs of equal index are a sequence, and
-            no sequence sees another. The output is zero where the index is negative. On CUDA and
-            under torch.compile, where nobody can count the sequences, it takes the memory of
-            width - 1 inputs in float32, or float64, for the time of the call.
+            no sequence sees another. The output is zero where the index is negative. Where the
+            kernels of CUDA run and under torch.compile, also on the CPU, nobody can count the
+            sequences: it takes the memory of width - 1 times ``x`` in float32, or float64, for the
+            time of the call, and again for that of the backward.
         initial_states: (batch, dim, width - 1), the inputs before the first.
         return_final_states: return the last width - 1 inputs too.
         final_states_out: (batch, dim, width - 1), where to write them.
