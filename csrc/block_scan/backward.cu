@@ -53,7 +53,9 @@ __device__ __forceinline__ T sum_of_groups(T value) {
   return value;
 }
 
-// Blocks that a multiprocessor must hold at a time: as many as do without, but for one.
+// Blocks that a multiprocessor must hold at a time; 1: no bound. Without one the walk with a
+// constant matrix of four in float takes 176 registers, of which three blocks have room for 168;
+// with it 96 do.
 template <class S, int K, bool constant>
 constexpr int kResident = constant && K == 4 && sizeof(Compute<S>) == 4 ? 3 : 1;
 

@@ -73,8 +73,9 @@ struct BlockScanParts {
 
   int64_t count() const { return products ? products.size[1] : 1; }
 };
-// How many parts each sequence has for the kernels; 1: time is not split.
-int64_t block_scan_parts(int64_t sequences, int64_t time, int64_t blocks, int64_t k, DType dtype);
+// How many parts each of the sequences, of `steps` together, has for the kernels; 1: time is not
+// split.
+int64_t block_scan_parts(int64_t sequences, int64_t steps, int64_t blocks, int64_t k, DType dtype);
 
 // On the device: neither sequences nor slots are in the arguments but in cu_seqlens and slots
 // there, null views for none. Only what has no slots may be split.

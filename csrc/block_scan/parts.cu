@@ -208,11 +208,11 @@ using namespace block_scan_detail;
 // Threads have some sixteen numbers on their way, so that 2^17 bytes of these threads' numbers keep
 // a GPU's memory busy. Reducing takes k + 1 times the arithmetic of the walk, which comes after it:
 // together they are done sooner where there are more than k + 2 parts.
-int64_t block_scan_parts(int64_t sequences, int64_t time, int64_t blocks, int64_t k, DType dtype) {
+int64_t block_scan_parts(int64_t sequences, int64_t steps, int64_t blocks, int64_t k, DType dtype) {
   int64_t width = 1;
   for_width(k, [&](auto K) { width = K; });
   const int64_t threads = sequences * blocks * width;
-  const int64_t parts = time_parts(threads * item_size(dtype) / 2, time);
+  const int64_t parts = time_parts(threads * item_size(dtype) / 2, sequences, steps);
   return parts > width + 2 ? parts : 1;
 }
 

@@ -15,11 +15,14 @@ constexpr int64_t kThreadsToFill = 256, kBlocksToFill = 32, kLeastPart = 8;
 constexpr int64_t kThreadsToFill = 1 << 16, kBlocksToFill = 1 << 9, kLeastPart = 256;
 #endif
 
-// The parts of each sequence for `tasks` threads that would each walk one of up to `time` steps; or
-// for as many blocks of 128 threads, which is what kBlocksToFill counts.
-inline int64_t time_parts(int64_t tasks, int64_t time, int64_t to_fill = kThreadsToFill) {
+// The parts of each sequence for `tasks` threads that would each walk one of `sequences`, which
+// have `steps` together; or for as many blocks of 128 threads, which is what kBlocksToFill counts.
+// Only in the mean do they have kLeastPart steps: the device alone knows the lengths of packed
+// sequences.
+inline int64_t time_parts(int64_t tasks, int64_t sequences, int64_t steps,
+                          int64_t to_fill = kThreadsToFill) {
   if (tasks <= 0) return 1;
-  const int64_t wanted = (to_fill + tasks - 1) / tasks, most = time / kLeastPart;
+  const int64_t wanted = (to_fill + tasks - 1) / tasks, most = steps / sequences / kLeastPart;
   const int64_t parts = wanted < most ? wanted : most;
   return parts < 2 ? 1 : parts;
 }

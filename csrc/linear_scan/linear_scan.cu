@@ -189,10 +189,10 @@ using namespace linear_scan_detail;
 // A thread has some 2^8 bytes on their way, so that an eighth of the threads that fill a GPU loses
 // less of the memory's speed than splitting does, which reads the inputs twice. More parts than are
 // needed would only make it longer to combine them.
-int64_t linear_scan_parts(int64_t sequences, int64_t time, int64_t channels, DType dtype) {
+int64_t linear_scan_parts(int64_t sequences, int64_t steps, int64_t channels, DType dtype) {
   const int64_t walks = sequences * channels, item = item_size(dtype);
   if (walks * item * 4 > kThreadsToFill) return 1;
-  const int64_t parts = time_parts(walks * (item < 4 ? 4 : item) / 2, time);
+  const int64_t parts = time_parts(walks * (item < 4 ? 4 : item) / 2, sequences, steps);
   return parts < 4 ? 1 : parts;
 }
 

@@ -73,8 +73,9 @@ namespace recurra::cuda {
 struct ScanParts {
   View<3> products, states;
 };
-// How many parts each sequence has for the kernels; 1: time is not split.
-int64_t linear_scan_parts(int64_t sequences, int64_t time, int64_t channels, DType dtype);
+// How many parts each of the sequences, of `steps` together, has for the kernels; 1: time is not
+// split.
+int64_t linear_scan_parts(int64_t sequences, int64_t steps, int64_t channels, DType dtype);
 
 // The first dimension of the partial sums here, the others are as on the CPU: each part of each
 // sequence has sums of its own where `a` has no time, and each batch row otherwise.

@@ -163,6 +163,13 @@ struct Inputs {
   }
   RECURRA_FN T bias_of(int64_t c) const { return bias.data ? bias.at(c) : T(0); }
   RECURRA_FN T skip_of(int64_t c) const { return D.data ? D.at(c) : T(0); }
+  // The parts of sequence n that have a step: the first ones.
+  RECURRA_FN int64_t full_parts(int64_t n) const {
+    const Extent s = extent(cu_seqlens, n, time);
+    const int64_t chunks = (s.end - s.begin + kScanChunk - 1) / kScanChunk;
+    const int64_t each = (chunks + parts - 1) / parts;
+    return each > 0 ? (chunks + each - 1) / each : 0;
+  }
   // Where a part of sequence n lies, which is whole chunks of it; the last parts may be empty.
   RECURRA_FN Extent part_at(int64_t n, int64_t part) const {
     const Extent s = extent(cu_seqlens, n, time);

@@ -164,26 +164,41 @@ __global__ void __launch_bounds__(kThreads) combine(const Reduce<K> p) {
     const int64_t n = task / p.states / p.channels;
     Wide rate = widened(p.rate(c, state));
     if (p.backwards) rate = conj(rate);
-    V carry = p.first.data ? load(p.first.at(n, c, state)) : V{};
-    Wide exact = widened(carry);
-    for (int64_t part = 0; part < p.parts; part += N) {
-      double sum[N] = {};
-      V own[N] = {};
+    // Only these have steps: the others leave a state as it is.
+    const int64_t full = p.full_parts(n), begin = p.backwards ? p.parts - full : 0;
+    double sum[N];
+    V own[N];
+    const auto read = [&](int64_t part) {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const int64_t row = n * p.parts + part + i;
+        sum[i] = 0, own[i] = V{};
         if (part + i >= p.parts - 1) continue;  // of the last one nothing is known, nor needed
+        const int64_t row = n * p.parts + part + i;
         sum[i] = p.sums[row * p.channels + c];
         own[i] = load(p.before.at(row, c, state));
       }
+    };
+    read(0);
+    V carry = p.first.data ? load(p.first.at(n, c, state)) : V{};
+    Wide exact = widened(carry);
+    for (int64_t part = 0; part < p.parts; part += N) {
+      double sums[N];
+      V ends[N];
+#pragma unroll
+      for (int i = 0; i < N; ++i) sums[i] = sum[i], ends[i] = own[i];
+      read(part + N);  // on their way while these are used
+      Wide product[N];
+#pragma unroll
+      for (int i = 0; i < N; ++i) product[i] = gate(rate * sums[i]);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         if (part + i >= p.parts) continue;
         narrow(exact, carry);
         store(p.before.at(n * p.parts + part + i, c, state), carry);
         // No gates above zero make an infinite state finite, though their product may be zero.
-        const Wide product = is_finite(exact) ? gate(rate * sum[i]) : one(exact);
-        exact = after_part(carry, exact, product, widened(own[i]));
+        const Wide gates = is_finite(exact) ? product[i] : one(exact);
+        const Wide after = after_part(carry, exact, gates, widened(ends[i]));
+        if (part + i >= begin && part + i < begin + full) exact = after;
       }
     }
   }
@@ -225,9 +240,10 @@ using namespace selective_scan_detail;
 int64_t selective_scan_parts(const SelectiveScanInputs& args) {
   const int64_t width = args.complex ? Tile<Cplx<float>>::channels : Tile<Real<float>>::channels;
   const Blocks blocks(args.u.size[2], args.spans.groups, width);
-  const int64_t tasks = args.sequences.count * blocks.count;
+  const int64_t sequences = args.sequences.count, tasks = sequences * blocks.count;
   if (tasks * 6 > kBlocksToFill) return 1;
-  const int64_t parts = time_parts(tasks, args.sequences.time, kBlocksToFill);
+  const int64_t steps = args.u.size[0] * args.u.size[1];
+  const int64_t parts = time_parts(tasks, sequences, steps, kBlocksToFill);
   return parts < 4 ? 1 : parts;
 }
 

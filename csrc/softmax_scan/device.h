@@ -58,7 +58,8 @@ struct Inputs {
 
 // Parts of each sequence: by shape alone.
 inline int64_t parts_of(const SoftmaxScanInputs& args) {
-  return time_parts(args.sequences.count * args.v.size[2], args.sequences.time);
+  const int64_t sequences = args.sequences.count, steps = args.v.size[0] * args.v.size[1];
+  return time_parts(sequences * args.v.size[2], sequences, steps);
 }
 
 // What one thread walks: chunks [first, last) of one channel of one sequence.

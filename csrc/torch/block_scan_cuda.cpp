@@ -12,8 +12,8 @@ struct Parts {
   OptionalTensor products, states;
 
   Parts(const Tensor& x, const Sequences& s) {
-    const int64_t blocks = x.size(2), k = x.size(3);
-    count = cuda::block_scan_parts(s.count, s.time, blocks, k, dtype_of(x));
+    const int64_t steps = x.size(0) * x.size(1), blocks = x.size(2), k = x.size(3);
+    count = cuda::block_scan_parts(s.count, steps, blocks, k, dtype_of(x));
     if (count == 1) return;
     products = scratch(x, {s.count, count, blocks, k, k}, DType::f64);
     states = scratch(x, {s.count, count, blocks, k}, DType::f64);

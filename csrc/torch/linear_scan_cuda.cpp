@@ -13,7 +13,7 @@ struct Parts {
 
   Parts(const Tensor& x, const Sequences& s) {
     const DType dtype = dtype_of(x);
-    count = cuda::linear_scan_parts(s.count, s.time, x.size(2), dtype);
+    count = cuda::linear_scan_parts(s.count, x.size(0) * x.size(1), x.size(2), dtype);
     if (count == 1) return;
     products =
         scratch(x, {s.count, count, x.size(2)}, is_complex(dtype) ? DType::c128 : DType::f64);

@@ -63,9 +63,9 @@ struct SplitBlocks {
   cuda::BlockScanParts parts;
 
   SplitBlocks(Case& c, const Sequences& s, const View<4>& like) {
-    const int64_t blocks = like.size[2], k = like.size[3];
+    const int64_t steps = like.size[0] * like.size[1], blocks = like.size[2], k = like.size[3];
     const int64_t count = c.random.chance(50)
-                              ? cuda::block_scan_parts(s.count, s.time, blocks, k, like.dtype)
+                              ? cuda::block_scan_parts(s.count, steps, blocks, k, like.dtype)
                               : c.random.pick<int64_t>({1, 2, 3, 7});
     if (count == 1) return;
     const int64_t products[] = {s.count, count, blocks, k, k};

@@ -31,8 +31,10 @@ inline void zero(const View<3>& v) {
 struct Split {
   cuda::ScanParts parts;
 
-  Split(Case& c, const Sequences& s, int64_t channels, DType dtype) {
-    const int64_t count = cuda::linear_scan_parts(s.count, s.time, channels, dtype);
+  Split(Case& c, const Sequences& s, const View<3>& like) {
+    const int64_t steps = like.size[0] * like.size[1], channels = like.size[2];
+    const DType dtype = like.dtype;
+    const int64_t count = cuda::linear_scan_parts(s.count, steps, channels, dtype);
     if (count == 1) return;
     const int64_t size[] = {s.count, count, channels};
     parts.products = scratch<3>(c, is_complex(dtype) ? DType::c128 : DType::f64, size);
@@ -58,7 +60,7 @@ inline void linear_scan_case(Case& c, const Shape& s) {
   View<1> offsets;
   if (args.sequences.offsets)
     offsets = c.indices("cu_seqlens", args.sequences.offsets, args.sequences.count + 1);
-  const Split split(c, args.sequences, s.channels, dtype);
+  const Split split(c, args.sequences, args.h);
   c.emulated = [args, offsets, split] { cuda::linear_scan(args, offsets, split.parts, {}); };
   if (is_complex(dtype)) {
     c.run = [args] { complex_scan(args); };
@@ -106,13 +108,13 @@ inline void hostile_cu_seqlens_case(Case& c, const Shape& s) {
   args.h = c.output<3>("h", dtype, {1, s.time, s.channels});
   args.h_last = c.output<2>("h_last", state_of(dtype), {args.sequences.count, s.channels});
   const View<1> offsets = c.indices("cu_seqlens", ends.data(), args.sequences.count + 1);
-  const Split split(c, args.sequences, s.channels, dtype);
+  const Split split(c, args.sequences, args.h);
   c.emulated = [args, offsets, split] { cuda::linear_scan(args, offsets, split.parts, {}); };
 }
 
 // With partial sums of its own.
 inline void emulate_backward(Case& c, LinearScanBackward args, const View<1>& offsets) {
-  const Split split(c, args.sequences, args.h.size[2], args.h.dtype);
+  const Split split(c, args.sequences, args.h);
   const int64_t parts = split.parts.products ? split.parts.products.size[1] : 1;
   if (args.partial) {
     const int64_t rows = cuda::linear_scan_sums(args, parts);

@@ -77,14 +77,48 @@ Args on_device(Args args) {
   return args;
 }
 
-inline void selective_scan_case(Case& c, const Shape& s) {
+// What parts without a step must leave as it is: those of the first of two sequences, which has
+// none, and the last of the second one's. There an A of minus infinity has no gate and an infinite
+// complex number no product with one.
+struct Infinite {
+  bool infinite;
+
+  Infinite(Case& c, bool infinite) : infinite(infinite) {
+    if (infinite) c.dense();
+  }
+  Shape shape(const Shape& s) const {
+    return infinite ? Shape{1, 96, std::min<int64_t>(s.channels, 33)} : s;
+  }
+  Sequences sequences(Case& c, const Shape& s) const {
+    if (!infinite) return c.sequences(s.batch, s.time);
+    return {2, s.time, c.integers("offsets", {0, 0, s.time})};
+  }
+  // `state`: of each sequence, or null.
+  void fill(Case& c, const SelectiveScanInputs& in, const View<3>& state) const {
+    if (!infinite) return;
+    const DType real = state_of(in.u.dtype);  // of a complex number, as of states
+    const bool full = state && (in.complex || c.random.chance(30));
+    for (int64_t d = 0; d < in.u.size[2]; ++d)
+      for (int64_t n = 0; n < in.states(); ++n) {
+        if (full)
+          store(state.at(0, d, n), real, INFINITY);
+        else
+          store(in.A.at(d, n), in.complex ? real : in.A.dtype, -INFINITY);
+      }
+  }
+};
+
+inline void selective_scan_case(Case& c, const Shape& any, bool infinite) {
   SelectiveScan args;
+  const Infinite fill(c, infinite);
+  const Shape s = fill.shape(any);
   const DType dtype = activation(c.random), state = state_of(dtype);
   const int64_t N = c.random.pick<int64_t>({1, 3, 8, 16, 17}), D = s.channels;
-  args.sequences = c.sequences(s.batch, s.time);
+  args.sequences = fill.sequences(c, s);
   selective_inputs(c, args, dtype, s.batch, s.time, D, N);
   const int64_t count = args.sequences.count, padded = args.spans.padded();
   if (c.random.chance(60)) args.h0 = c.input<3>("h0", state_dtype(args), {count, D, N});
+  fill.fill(c, args, args.h0);
   args.y = c.output<3>("y", dtype, {s.batch, s.time, D});
   args.h_last = c.output<3>("h_last", state_dtype(args), {count, D, N});
   args.lanes_A = c.scratch<2>("lanes_A", state, {args.rows(), padded}).data;
@@ -102,6 +136,10 @@ inline void selective_scan_case(Case& c, const Shape& s) {
     cuda::selective_scan(on_device(args), offsets, parts, {});
   };
   c.emulated_within = std::max(readout_error(args), split_error(args, parts));
+}
+inline void selective_scan_case(Case& c, const Shape& s) { selective_scan_case(c, s, false); }
+inline void infinite_selective_scan_case(Case& c, const Shape& s) {
+  selective_scan_case(c, s, true);
 }
 
 inline void selective_scan_step_case(Case& c, const Shape& s) {
@@ -190,16 +228,19 @@ inline SelectiveScanBackward on_device(Case& c, SelectiveScanBackward args, int6
   return args;
 }
 
-inline void selective_scan_backward_case(Case& c, const Shape& s) {
+inline void selective_scan_backward_case(Case& c, const Shape& any, bool infinite) {
   SelectiveScanBackward args;
+  const Infinite fill(c, infinite);
+  const Shape s = fill.shape(any);
   const DType dtype = activation(c.random), state = state_of(dtype);
   const int64_t N = c.random.pick<int64_t>({1, 3, 8, 16, 17}), D = s.channels;
-  args.sequences = c.sequences(s.batch, s.time);
+  args.sequences = fill.sequences(c, s);
   const int64_t groups = selective_inputs(c, args, dtype, s.batch, s.time, D, N);
   const int64_t count = args.sequences.count, padded = args.spans.padded(), rows = args.rows();
   const int64_t size[] = {s.batch, s.time, D};
   if (c.random.chance(80)) args.dy = c.input<3>("dy", dtype, size);
   if (c.random.chance(60)) args.dh_last = c.input<3>("dh_last", state_dtype(args), {count, D, N});
+  fill.fill(c, args, args.dh_last);
   selective_gradients(c, args, dtype, groups);
   args.parts = std::clamp<int64_t>(count, 1, 8);
   const auto scratch = [&](const char* name, int64_t a, int64_t b, int64_t width) {
@@ -223,6 +264,12 @@ inline void selective_scan_backward_case(Case& c, const Shape& s) {
   // are rounded once.
   const bool narrow = dtype == DType::bf16 || dtype == DType::f16;
   c.emulated_within = std::max((narrow ? 1 : 64) * unit(dtype), split_error(args, split));
+}
+inline void selective_scan_backward_case(Case& c, const Shape& s) {
+  selective_scan_backward_case(c, s, false);
+}
+inline void infinite_selective_scan_backward_case(Case& c, const Shape& s) {
+  selective_scan_backward_case(c, s, true);
 }
 
 inline void hostile_selective_scan_backward_case(Case& c, const Shape& s) {

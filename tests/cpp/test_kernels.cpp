@@ -80,6 +80,8 @@ constexpr Op kOps[] = {
     {"hostile_slots", hostile_slots_case, {1, 300, 512}},
     {"hostile_selective_scan", hostile_selective_scan_case, {1, 300, 512}},
     {"hostile_selective_scan_backward", hostile_selective_scan_backward_case, {1, 300, 512}, 4},
+    {"infinite_selective_scan", infinite_selective_scan_case, {1, 96, 33}, 8},
+    {"infinite_selective_scan_backward", infinite_selective_scan_backward_case, {1, 96, 33}, 8},
 };
 
 enum class Kind { quick, large, any_bytes };
