@@ -452,11 +452,12 @@ def _weights(x: Rounded, y: Rounded) -> tuple[Rounded, Rounded, Tensor]:
     return pick(above), pick(~above), unsure
 
 
-def _output_weights(f: Rounded, g: Rounded, ratio: Rounded, exact) -> tuple[Rounded, Rounded]:
-    """Those of the state times e^{decay - bonus}, or by exponentials of their own where the kernel
-    takes these. No sample comes so near to the limits that it might go either way."""
-    inside = (ratio.value <= 1e13) & (ratio.value >= 1e-13)
-    quick = (f * ratio, g)
+def _output_weights(f: Rounded, g: Rounded, factors, exact) -> tuple[Rounded, Rounded]:
+    """Those of the state times e^decay and e^bonus over the larger, or by exponentials of their own
+    where the kernel takes these. No sample comes so near to the limits that it might go either
+    way."""
+    inside = torch.minimum(factors[0].value, factors[1].value) >= 1e-10
+    quick = (f * factors[0], g * factors[1])
     holds = inside & (torch.minimum(quick[0].value, quick[1].value) >= 1e-24)
 
     def pick(one: Rounded, other: Rounded) -> Rounded:
@@ -480,7 +481,7 @@ def softmax_scan(dtype, cotangents, s, v, h0=None, *, decay=None, bonus=None, cu
     last, dh0 = (_zeros(u, S, 3, D) for _ in range(2))
     slower = torch.zeros(D, dtype=torch.float64) if decay is None else double(decay)
     more = None if bonus is None else Rounded(u, double(bonus))
-    ratio = None if more is None else (more.exact(slower) - more).exp()
+    factors = None if more is None else _weights(more.exact(slower), more)
     for rows, n, steps in walks(B, T, cu_seqlens):
         k, val, dk, start, end = (
             score[rows][:, steps],
@@ -515,7 +516,7 @@ def softmax_scan(dtype, cotangents, s, v, h0=None, *, decay=None, bonus=None, cu
         if more is None:
             weight, total = c[:, 1:], a[:, 1:]
         else:
-            p, r = _output_weights(f, g, ratio, _weights(top[:, :-1], k + more)[:2])
+            p, r = _output_weights(f, g, factors, _weights(top[:, :-1], k + more))
             weight, total = p * c0 + r, p * a0 + r * val
         mean = total / weight
         _put(o, (rows, steps), mean)

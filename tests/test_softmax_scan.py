@@ -138,6 +138,45 @@ def test_weights_far_apart():
         assert (x - y).abs().max() < 1e-11, name
 
 
+_EXTREMES = {
+    # The state keeps the weight 1 at every step, and the output weighs it by e^(decay - bonus) more
+    # or less against the score's, which is smaller still.
+    "large values": (25, 0, -26, 1e30, None),
+    "large values, near": (22, 0, -23, 1e36, None),
+    "tiny values": (0, 25, -30, 1e-30, None),
+    "tiny values, near": (0, 22, -23, 1e-26, None),
+    "a large normaliser": (25, 0, -26, 1, 1e30),
+    "a large normaliser, near": (22, 0, -23, 1, 1e36),
+}
+
+
+@pytest.mark.parametrize("name", _EXTREMES)
+def test_weights_meet_no_limit_of_float32(name):
+    """Nor do their products with a value or a normaliser."""
+    decay, bonus, fall, size, normaliser = _EXTREMES[name]
+    draw, D = Draw(7), 20
+    steps = torch.arange(6)
+    scores = fall * (steps + 1 if decay else (steps > 0)).float()
+    args = {
+        "s": scores[None, :, None].expand(1, 6, D).clone(),
+        "v": size * draw.uniform(1, 2, 1, 6, D, dtype=torch.float32),
+        "decay": torch.full((D,), float(decay)),
+        "bonus": torch.full((D,), float(bonus)),
+    }
+    if normaliser is not None:
+        c = normaliser * draw.uniform(1, 2, 1, D, dtype=torch.float32)
+        args["h0"] = torch.stack([torch.zeros(1, D), c, c], 1)
+    wide = {k: x.double() for k, x in args.items()}
+    for v in (args["v"], wide["v"]):
+        v.requires_grad_()
+    o, want = softmax_scan(**args)[0], reference.softmax_scan(**wide)[0]
+    torch.testing.assert_close(o.double(), want, rtol=1e-5, atol=0)
+    # The other gradients are what is left of terms that are as large as they may be.
+    got = torch.autograd.grad(o.sum(), args["v"])[0]
+    wanted = torch.autograd.grad(want.sum(), wide["v"])[0]
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-37)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights_far_apart_concern_their_channel_alone(dtype):
     """Channels of a vector have the bits of each alone, however the weights of the others come."""

@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 1) walk_back(const Backward<S> p) {
     const S* const from_v = p.in.v.at(w.batch, first, w.c);
     const S* const from_o = p.d_o.data ? p.d_o.at(w.batch, first, w.c) : nullptr;
     const T decay = p.in.decay_at(w.c), bonus = p.in.bonus_at(w.c);
-    const T ratio = output_ratio(decay, bonus);
+    const Weights<T> factors = output_factors(decay, bonus);
     Reduced<T> r{{T(0), T(0), T(0)}, T(1), T(1)};
     if (w.ends)
       r.own = p.given(w.n, w.c);
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 1) walk_back(const Backward<S> p) {
           const Weights<T> f = weights_where(s[i] > x, small[i]);
           Gradients<T> to{T(0), T(0), T(0), T(0)};
           if (p.in.bonus.data) {
-            const Weights<T> read = output_weights(f, ratio, state.m, s[i], bonus);
+            const Weights<T> read = output_weights(f, factors, state.m, s[i], bonus);
             to = reverse_output(read, state, v[i], d_o[i]);
             sum_bonus = sum_bonus + to.s;
           } else {

@@ -93,13 +93,13 @@ RECURRA_INLINE bool reverse_lanes(const StepRows& rows, int64_t c, bool has_exce
   Cotangents<Vec<T>> d = span.at(c);
   Gradients<Vec<T>> to{zero, zero, zero, zero};
   if constexpr (Bonus) {
-    const Vec<T> ratio = Vec<T>::load(span.p.ratio.x + c);
+    const Weights<Vec<T>> factors = span.p.factors_at(c);
     Weights<Vec<T>> read;
     if constexpr (exact) {
-      read = output_weights(w, ratio, state.m, load_stored<T, S>(rows.s + c * item),
+      read = output_weights(w, factors, state.m, load_stored<T, S>(rows.s + c * item),
                             Vec<T>::load(span.p.bonus.x + c));
     } else {
-      read = output_weights(w, ratio);
+      read = output_weights(w, factors);
       if (!all(accurate(read))) [[unlikely]]
         return false;
     }
@@ -131,7 +131,7 @@ RECURRA_INLINE bool reverse_lanes(const StepRows& rows, int64_t c, bool has_exce
   store_stored<T, S>(rows.dv + c * item, to.v, rows.past);
   return true;
 }
-// Apart, so that the loop below keeps nothing for it.
+// Apart, and outside the inner loop below, so that this keeps nothing for it.
 template <DType S, class T>
 __attribute__((noinline)) void reverse_exact(const StepRows& rows, int64_t c, bool has_excess,
                                              const StateRows<T>& before,
@@ -143,9 +143,11 @@ template <bool Bonus, DType S, class T>
 RECURRA_INLINE void reverse(const StepRows& rows, int64_t channels, bool has_excess,
                             const StateRows<T>& before, const T (&held)[kHeld][Held<T>::kStride],
                             Span<T>& span) {
-  for (int64_t c = 0; c < channels; c += kLanes)
-    if (!reverse_lanes<Bonus, false, S>(rows, c, has_excess, before, held, span))
-      reverse_exact<S>(rows, c, has_excess, before, held, span);
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    for (; c < channels && !(Bonus && span.p.exact[c / kLanes]); c += kLanes)
+      if (!reverse_lanes<Bonus, false, S>(rows, c, has_excess, before, held, span)) break;
+    if (Bonus && c < channels) reverse_exact<S>(rows, c, has_excess, before, held, span);
+  }
 }
 
 // The sums of the runs, in order.

@@ -1,5 +1,5 @@
-// What the CUDA kernels of softmax_scan share: the state of one channel, and how sequences are cut
-// into the pieces that threads walk.
+// What the CUDA kernels of softmax_scan share: their inputs as threads read them, and how sequences
+// are cut into the pieces that threads walk.
 #pragma once
 #include "cuda/split.h"
 #include "cuda/storage.h"

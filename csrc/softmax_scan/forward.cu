@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) walk(const Forward<S> p) {
     const S* const from_s = p.in.s.at(w.batch, first, w.c);
     const S* const from_v = p.in.v.at(w.batch, first, w.c);
     const T decay = p.in.decay_at(w.c), bonus = p.in.bonus_at(w.c);
-    const T ratio = output_ratio(decay, bonus);
+    const Weights<T> factors = output_factors(decay, bonus);
     State<T> h{kEmpty<T>, T(0), T(0)};
     if (!reduce) h = p.in.parts > 1 ? p.part_at(w.n, w.part, w.c) : p.initial(slot, w.c);
 
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) walk(const Forward<S> p) {
         const Weights<T> f = weights(x, s[i]);
         T den = T(0), num = T(0);
         if (!reduce && p.in.bonus.data) {
-          const Weights<T> read = output_weights(f, ratio, h.m, s[i], bonus);
+          const Weights<T> read = output_weights(f, factors, h.m, s[i], bonus);
           den = fma(read.x, h.c, read.y);
           num = fma(read.x, h.a, read.y * v[i]);
         }

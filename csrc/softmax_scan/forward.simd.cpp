@@ -20,12 +20,12 @@ RECURRA_INLINE bool step(const char* s, const char* v, char* o, int64_t c, bool 
   const Weights<Vec<T>> w = weights(x, score);
   Vec<T> den, num;
   if constexpr (Bonus) {
-    const Vec<T> ratio = Vec<T>::load(p.ratio.x + c);
+    const Weights<Vec<T>> factors = p.factors_at(c);
     Weights<Vec<T>> read;
     if constexpr (exact) {
-      read = output_weights(w, ratio, state.m, score, Vec<T>::load(p.bonus.x + c));
+      read = output_weights(w, factors, state.m, score, Vec<T>::load(p.bonus.x + c));
     } else {
-      read = output_weights(w, ratio);
+      read = output_weights(w, factors);
       if (!all(accurate(read))) [[unlikely]]
         return false;
     }
@@ -41,7 +41,7 @@ RECURRA_INLINE bool step(const char* s, const char* v, char* o, int64_t c, bool 
   store_stored<T, S>(o + c * item, select(den == Vec<T>(T(0)), T(0), num / den), past);
   return true;
 }
-// Apart, so that the loop below keeps nothing for it.
+// Apart, and outside the inner loop below, so that this keeps nothing for it.
 template <DType S, class T>
 __attribute__((noinline)) void exact_step(const char* s, const char* v, char* o, int64_t c,
                                           bool past, const Parameters<T>& p, States<T>& h) {
@@ -50,9 +50,11 @@ __attribute__((noinline)) void exact_step(const char* s, const char* v, char* o,
 template <bool Bonus, DType S, class T>
 RECURRA_INLINE void walk(const char* s, const char* v, char* o, int64_t channels, bool past,
                          const Parameters<T>& p, States<T>& h) {
-#pragma GCC unroll 2
-  for (int64_t c = 0; c < channels; c += kLanes)
-    if (!step<Bonus, false, S>(s, v, o, c, past, p, h)) exact_step<S>(s, v, o, c, past, p, h);
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    for (; c < channels && !(Bonus && p.exact[c / kLanes]); c += kLanes)
+      if (!step<Bonus, false, S>(s, v, o, c, past, p, h)) break;
+    if (Bonus && c < channels) exact_step<S>(s, v, o, c, past, p, h);
+  }
 }
 
 template <class T>

@@ -1,4 +1,5 @@
-// What the forward and the backward of softmax_scan share: the state in lanes and how it advances.
+// What the forward and the backward of softmax_scan share on the CPU: how channels are cut, rows of
+// what is read and written, and the states and parameters of channels in lanes.
 #pragma once
 #include "softmax_scan/softmax_scan.h"
 #include "softmax_scan/step.h"
@@ -92,7 +93,9 @@ RECURRA_INLINE Plane state_plane(const View<3>& v, int64_t n, int i, int64_t cha
 // The parameters of a span's channels, zeros where they are absent, and what outputs take of them.
 template <class T>
 struct Parameters {
-  Row<T> decay, bonus, ratio;
+  Row<T> decay, bonus, factors[2];
+  // Of each sixteen channels, whether the weights of some always take exponentials of their own.
+  bool exact[kWidest<T> / kLanes];
 
   Parameters(const SoftmaxScanInputs& args, int64_t channel, int64_t channels) {
     load(args.decay, channel, channels, decay);
@@ -100,8 +103,14 @@ struct Parameters {
     for (int64_t c = 0; c < channels; c += kLanes) {
       const Vec<T> slower = at_most(Vec<T>(kLargestDecay<T>), Vec<T>::load(decay.x + c));
       slower.store(decay.x + c);
-      output_ratio(slower, Vec<T>::load(bonus.x + c)).store(ratio.x + c);
+      const Weights<Vec<T>> f = output_factors(slower, Vec<T>::load(bonus.x + c));
+      f.x.store(factors[0].x + c);
+      f.y.store(factors[1].x + c);
+      exact[c / kLanes] = any(f.x == T(0));
     }
+  }
+  RECURRA_INLINE Weights<Vec<T>> factors_at(int64_t c) const {
+    return {Vec<T>::load(factors[0].x + c), Vec<T>::load(factors[1].x + c)};
   }
 
  private:

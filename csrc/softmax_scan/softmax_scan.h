@@ -9,8 +9,9 @@
 //     with q = max(m_{t-1}, s_t + bonus), p = e^{m_{t-1} - q}, r = e^{s_t + bonus - q}
 // and 0 where the denominator is 0, as it is before the first score above -infinity. Of f and g,
 // and of p and r, one is 1: one exponential gives both. Only the ratio of p and r matters, which is
-// that of f e^{decay - bonus} and g, the exponential a number a channel. These are taken for them,
-// unless one is below 1e-24 or that number not within 1e-13 and 1e13: f or g may have lost digits.
+// that of f e^decay and g e^bonus, both powers over the larger, so that no product is above 1. The
+// products are taken for them, unless one is below 1e-24, where f or g may have lost digits, or a
+// power is below 1e-10, where both may be so small that the terms of a tiny output lose theirs.
 // m is at least -1e38, which stands for -infinity and can be subtracted; it is that of the empty
 // state (-1e38, 0, 0).
 //

@@ -40,18 +40,21 @@ RECURRA_FN State<V> advance(const State<V>& h, V x, const Weights<V>& w, V s, V 
   return {select(x == x, max(x, s), x), fma(w.x, h.c, w.y), fma(w.x, h.a, w.y * v)};
 }
 
-// e^{decay - bonus}, or 0 where it is too far from 1 for what follows.
+// With a bonus, what makes the weights of an output from those of the state after its step: e^decay
+// and e^bonus, the larger of them 1. Zeros where these are so far apart that tiny values could lose
+// digits, the larger weight of an output being as small as the smaller of these.
 template <Plain V>
-RECURRA_FN V output_ratio(V decay, V bonus) {
+RECURRA_FN Weights<V> output_factors(V decay, V bonus) {
   using T = Number<V>;
-  const V zero(T(0)), ratio = exp(decay - bonus);
-  return select(ratio <= V(T(1e13)), select(ratio >= V(T(1e-13)), ratio, zero), zero);
+  const V zero(T(0)), small = exp_minus_abs(decay - bonus);
+  const auto near = small >= V(T(1e-10));
+  const Weights<V> w = weights_where(bonus > decay, small);
+  return {select(near, w.x, zero), select(near, w.y, zero)};
 }
-// With a bonus, the weights of the state and of the score in the output, up to a factor: those of
-// the state after the step, the first times the ratio.
+// The weights of the state and of the score in the output, up to a factor, neither above 1.
 template <Plain V>
-RECURRA_FN Weights<V> output_weights(const Weights<V>& w, V ratio) {
-  return {w.x * ratio, w.y};
+RECURRA_FN Weights<V> output_weights(const Weights<V>& w, const Weights<V>& factors) {
+  return {w.x * factors.x, w.y * factors.y};
 }
 // Where they hold: not where one is so small that its exponential may have lost digits.
 template <Plain V>
@@ -60,8 +63,9 @@ RECURRA_FN auto accurate(const Weights<V>& output) {
 }
 // The same with exponentials of their own where they do not hold.
 template <Plain V>
-RECURRA_FN Weights<V> output_weights(const Weights<V>& w, V ratio, V m, V s, V bonus) {
-  const Weights<V> quick = output_weights(w, ratio);
+RECURRA_FN Weights<V> output_weights(const Weights<V>& w, const Weights<V>& factors, V m, V s,
+                                     V bonus) {
+  const Weights<V> quick = output_weights(w, factors);
   const auto holds = accurate(quick);
   if (all(holds)) return quick;
   const Weights<V> exact = weights(m, s + bonus);
