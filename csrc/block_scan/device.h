@@ -81,6 +81,12 @@ RECURRA_FN Track track_of(const Cut& cut, int64_t group) {
   return w;
 }
 
+// Where a walk begins in an array: row or number i of its block.
+template <class S, int N>
+RECURRA_FN S* start_of(const Array<S, N>& a, const Track& w, int i) {
+  return a.data + w.batch * a.step[0] + w.first * a.step[1] + w.block * a.step[2] + i * a.step[3];
+}
+
 template <class S, int K>
 struct Row {
   static constexpr int kBytes = static_cast<int>(sizeof(S)) * K, kPack = kBytes < 16 ? kBytes : 16;

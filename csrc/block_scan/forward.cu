@@ -31,12 +31,8 @@ __global__ void __launch_bounds__(kThreads, 1) walk(const Forward<S> p) {
     const Track w = track_of(p.cut, group);
     const int64_t slot = slot_of(p.slots, w.n, p.states);
     const bool real = row < k;
-    const S* const from_A = p.A.data + w.batch * p.A.step[0] + w.first * p.A.step[1] +
-                            w.block * p.A.step[2] + row * p.A.step[3];
-    const S* const from_b = p.b.data + w.batch * p.b.step[0] + w.first * p.b.step[1] +
-                            w.block * p.b.step[2] + row * p.b.step[3];
-    S* const to = p.h.data + w.batch * p.h.step[0] + w.first * p.h.step[1] + w.block * p.h.step[2] +
-                  row * p.h.step[3];
+    const S *const from_A = start_of(p.A, w, row), *const from_b = start_of(p.b, w, row);
+    S* const to = start_of(p.h, w, row);
     const int64_t step_A = w.by * p.A.step[1], step_b = w.by * p.b.step[1],
                   step_h = w.by * p.h.step[1];
     if (slot < 0) {

@@ -41,11 +41,7 @@ __global__ void __launch_bounds__(kThreads, 1) reduce(const Reduce<S> p) {
     const Track w = track_of(p.cut, group);
     if (w.part == p.cut.parts - 1) continue;  // nobody comes after it
     const bool real = row < k;
-    const S* const from_A = p.A.data + w.batch * p.A.step[0] + w.first * p.A.step[1] +
-                            w.block * p.A.step[2] + row * p.A.step[3];
-    const S* const from_source = p.source.data + w.batch * p.source.step[0] +
-                                 w.first * p.source.step[1] + w.block * p.source.step[2] +
-                                 row * p.source.step[3];
+    const S *const from_A = start_of(p.A, w, row), *const from_source = start_of(p.source, w, row);
     const int64_t step_A = w.by * p.A.step[1], step_source = w.by * p.source.step[1];
     const auto load_step = [&](int64_t t, T(&A)[K], T& x) {
       x = T(0);
