@@ -103,6 +103,37 @@ def _apart(A):
     return A.new_empty(*A.shape[:-1], 5)[..., :4].copy_(A)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 7, 8, 9])
+def test_time_that_lies_side_by_side_changes_no_bits(k, dtype, reverse):
+    """Such blocks are turned sixteen steps at a time."""
+    draw = Draw(k)
+    for T, N, offsets in ((2, 1, None), (16, 16, None), (37, 21, None), (50, 5, (0, 3, 3, 20, 50))):
+        B, S = (1, len(offsets) - 1) if offsets else (2, 2)
+        A = draw.uniform(-1, 1, B, T, N, k, k, dtype=dtype) / k
+        b, dh = (draw.normal(B, T, N, k, dtype=dtype) for _ in range(2))
+        h0 = draw.normal(S, N, k, dtype=torch.promote_types(dtype, torch.float32))
+        cu_seqlens = torch.tensor(offsets) if offsets else None
+
+        def both(A, b, dh, h0, cu_seqlens=cu_seqlens):
+            x = [v.detach().requires_grad_() for v in (A, b) + ((h0,) if h0 is not None else ())]
+            h, last = block_scan(*x, reverse=reverse, cu_seqlens=cu_seqlens)
+            return [h, last, *torch.autograd.grad([h, last], x, [dh, torch.ones_like(last)])]
+
+        for first in (h0, None):
+            expected = both(A, b, dh, first)
+            for given in (dh, _time_last(dh)):
+                got = both(_time_last(A), _time_last(b), given, first)
+                for x, y in zip(expected, got, strict=True):
+                    assert same_bits(x, y), (T, N)
+
+
+def _time_last(x):
+    """The same in memory where the steps of a number lie side by side."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 9), (2, 1, 9), (1, 1, 1), (2, 40, 1), (1, 40, 9)])
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_shared_matrix_is_the_sum_of_its_copies(shape, turned):

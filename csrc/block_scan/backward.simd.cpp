@@ -2,6 +2,7 @@
 // matrix that steps share is summed where it is computed, sixteen steps at a time, and leaves the
 // task once; one that only sequences or blocks share joins its sums step by step. No sum depends on
 // how blocks are cut.
+#include "block_scan/by_time.h"
 #include "block_scan/fours.h"
 
 namespace recurra::RECURRA_ISA {
@@ -10,19 +11,6 @@ namespace {
 using namespace blocks;
 
 constexpr int64_t kGroup = 16;  // steps that are summed before they join a gradient
-
-// g h^T of one group into entries, or added to them.
-template <class T>
-RECURRA_INLINE void outer(const Entries<T>& to, int64_t k, const T* g, const Tile<T>& h, bool add) {
-  for (int64_t i = 0; i < k; ++i) {
-    const Vec<T> v = Vec<T>::load(g + i * kLanes);
-    for (int64_t j = 0; j < k; ++j) {
-      const Vec<T> x = Vec<T>::load(h.row(j));
-      T* const at = to.at(i, j);
-      (add ? fma(v, x, Vec<T>::load(at)) : v * x).store(at);
-    }
-  }
-}
 
 // Adds rows of lanes to as many others.
 template <class T>
@@ -95,17 +83,23 @@ void run(const BlockScanBackward& args) {
   const int64_t count = args.h.size[0] * args.h.size[1] * blocks * k;
   const bool stream = count * item_size(args.h.dtype) >= kStreamFrom;
   const bool back = !args.reverse;  // the walk is against the scan
-  const bool by_fours = fours::served(args);
+  const bool by_fours = fours::served(args), by_sixteen_steps = by_time::served(args);
 
   parallel_unless(count * k < kSerialBelow, runs * shape.spans, [&](int64_t task) {
     const int64_t run = task / shape.spans, first = task % shape.spans * shape.width;
     const int64_t width = blocks - first < shape.width ? blocks - first : shape.width;
+    // Where nothing is summed, a run is one sequence.
     if constexpr (kHasFours<T>)
-      if (by_fours) {  // nothing is summed, so that a run is one sequence
+      if (by_fours) {
         fours::walk_back<T>(args, run, first, width, stream);
         if (stream) fence();
         return;
       }
+    if (by_sixteen_steps) {
+      by_time::walk_back<T>(args, run, first, width, stream);
+      if (stream) fence();
+      return;
+    }
     const int64_t entries_of_span = shape.width / kLanes * k * k * kLanes;
     Rows<T, kSpanVectors> carry;
     Rows<T, kSpanMatrices> held, sixteen, total;

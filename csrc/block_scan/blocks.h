@@ -295,4 +295,17 @@ RECURRA_INLINE void multiply(const Entries<T>& A, int64_t k, const T* x, const T
   if (i < k) multiply_rows<1>(A, i, k, x, start, out);
 }
 
+// g h^T of one group into entries, or added to them.
+template <class T>
+RECURRA_INLINE void outer(const Entries<T>& to, int64_t k, const T* g, const Tile<T>& h, bool add) {
+  for (int64_t i = 0; i < k; ++i) {
+    const Vec<T> v = Vec<T>::load(g + i * kLanes);
+    for (int64_t j = 0; j < k; ++j) {
+      const Vec<T> x = Vec<T>::load(h.row(j));
+      T* const at = to.at(i, j);
+      (add ? fma(v, x, Vec<T>::load(at)) : v * x).store(at);
+    }
+  }
+}
+
 }  // namespace recurra::RECURRA_ISA::blocks

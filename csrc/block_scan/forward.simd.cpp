@@ -1,6 +1,7 @@
 // A task is one sequence by one span of blocks and walks along time. A block of k numbers brings
 // k k + 2 k numbers from and to memory and as many multiply-adds as entries, so the memory is the
 // limit; a matrix that all steps share is brought in once.
+#include "block_scan/by_time.h"
 #include "block_scan/fours.h"
 
 namespace recurra::RECURRA_ISA {
@@ -15,7 +16,7 @@ void run(const BlockScan& args) {
   const bool constant = args.A.size[1] == 1;
   const int64_t count = args.b.size[0] * args.b.size[1] * blocks * k;
   const bool stream = count * item_size(args.h.dtype) >= kStreamFrom;
-  const bool by_fours = fours::served(args);
+  const bool by_fours = fours::served(args), by_sixteen_steps = by_time::served(args);
 
   parallel_unless(count * k < kSerialBelow, args.sequences.count * shape.spans, [&](int64_t task) {
     const int64_t n = task / shape.spans, first = task % shape.spans * shape.width;
@@ -45,6 +46,11 @@ void run(const BlockScan& args) {
         if (stream) fence();
         return;
       }
+    if (by_sixteen_steps) {
+      by_time::walk<T>(args, seq, slot, first, width, stream);
+      if (stream) fence();
+      return;
+    }
     int64_t units = 0;
     each_unit([&](const Unit& u) {
       load_state(vectors(args.h0, slot), u, k, rows_of(state, u));
