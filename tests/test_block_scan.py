@@ -106,8 +106,8 @@ def _apart(A):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 7, 8, 9])
-def test_time_that_lies_side_by_side_changes_no_bits(k, dtype, reverse):
-    """Such blocks are turned sixteen steps at a time."""
+def test_steps_that_follow_each_other_in_memory_change_no_bits(k, dtype, reverse):
+    """They are turned sixteen at a time, of numbers as of blocks."""
     draw = Draw(k)
     for T, N, offsets in ((2, 1, None), (16, 16, None), (37, 21, None), (50, 5, (0, 3, 3, 20, 50))):
         B, S = (1, len(offsets) - 1) if offsets else (2, 2)
@@ -123,15 +123,19 @@ def test_time_that_lies_side_by_side_changes_no_bits(k, dtype, reverse):
 
         for first in (h0, None):
             expected = both(A, b, dh, first)
-            for given in (dh, _time_last(dh)):
-                got = both(_time_last(A), _time_last(b), given, first)
-                for x, y in zip(expected, got, strict=True):
-                    assert same_bits(x, y), (T, N)
+            for lie in (_by_number, _by_block):
+                for given in (dh, lie(dh)):
+                    got = both(lie(A), lie(b), given, first)
+                    for x, y in zip(expected, got, strict=True):
+                        assert same_bits(x, y), (T, N)
 
 
-def _time_last(x):
-    """The same in memory where the steps of a number lie side by side."""
+def _by_number(x):
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _by_block(x):
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 9), (2, 1, 9), (1, 1, 1), (2, 40, 1), (1, 40, 9)])
