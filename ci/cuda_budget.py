@@ -95,7 +95,10 @@ def problems(
 ) -> list[str]:
     """A sentence for each kernel that takes what it may not. Without budgets, of spills alone."""
     out = [f"{name} spills registers" for name in spilling]
-    for name, use in uses.items() if budgets is not None else ():
+    if budgets is None:
+        return out
+    out += [f"{name} of {TABLE.name} is not in the build" for name in budgets if name not in uses]
+    for name, use in uses.items():
         budget = budgets.get(name)
         if budget is None:
             out.append(f"{name} is not in {TABLE.name}: python ci/cuda_budget.py BUILD --write")
@@ -123,6 +126,9 @@ def main() -> int:
         names = dict(zip(found, demangled(list(found)), strict=True)) if found else {}
         uses |= {names[k]: v for k, v in found.items()}
         spilling += [names[k] for k in spills]
+    if not uses:
+        print(f"cuda budget: nothing in {len(reports)} reports of ptxas is understood")
+        return 1
     version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True)
     nvcc = re.search(r"release ([\d.]+)", version.stdout)[1]
     if options.write:

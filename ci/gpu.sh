@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What to run where there is an NVIDIA GPU, nvcc and a torch with CUDA: builds for that GPU with what
-# the machine has, without network or virtual environment, runs the op table on it, the functions of
-# csrc/math on every sixteenth float, each kernel once or twice under compute-sanitizer, and the
-# bench, within nine minutes. The table and its JSON file go to build/gpu/results, or to the folder
+# the machine has, without network or virtual environment, runs the op table on it, the bench, the
+# functions of csrc/math on every sixteenth float, and each kernel once or twice under
+# compute-sanitizer. Nine minutes for all of it, or TIME seconds: what is late is cut short and what
+# was found until then kept. Tables and their JSON files go to build/gpu/results, or to the folder
 # named by OUT. It needs cmake, pytest and numpy.
 # Arguments go to pytest.
 set -euo pipefail
@@ -12,6 +13,7 @@ PYTHON="${PYTHON:-python3}"
 BUILD="$ROOT/build/gpu"
 SITE="$BUILD/site"
 OUT="${OUT:-$BUILD/results}"
+TIME="${TIME:-540}"
 mkdir -p "$BUILD" "$OUT"
 say() { printf '== %s (%d s)\n' "$*" "$SECONDS"; }
 die() {
@@ -39,7 +41,7 @@ if "$PYTHON" -c 'import pybind11, jax; jax.devices("cuda")' 2> /dev/null; then w
 cmake -S . -B "$BUILD/package" "${generator[@]}" -DRECURRA_CUDA_ARCHITECTURES="$arch-real" \
   -DRECURRA_PYBIND=$with_jax -DPython_EXECUTABLE="$(command -v "$PYTHON")" > "$BUILD/cmake.log" \
   || die "cmake failed: $(tail -n 20 "$BUILD/cmake.log")"
-cmake --build "$BUILD/package" --parallel "$(nproc)" > "$BUILD/build.log" \
+timeout "$((TIME - SECONDS))" cmake --build "$BUILD/package" --parallel "$(nproc)" > "$BUILD/build.log" \
   || die "the build failed: $(tail -n 40 "$BUILD/build.log")"
 rm -rf "$SITE"
 mkdir -p "$SITE"
@@ -48,32 +50,39 @@ cmake --install "$BUILD/package" --prefix "$SITE/recurra" > "$BUILD/install.log"
 export PYTHONPATH="$SITE" PYTHONUNBUFFERED=1
 "$PYTHON" -m recurra info
 
-# Everything runs, whatever fails before it.
+# Everything runs, whatever fails before it, within its share of the time that is left. It is
+# interrupted as by hand, so that it tells what it has.
 failed=0
 part() { # part SECONDS WHAT COMMAND...
-  local limit="$1" what="$2"
+  local limit="$1" what="$2" left="$((TIME - 10 - SECONDS))"
   shift 2
+  if ((left < limit)); then limit="$left"; fi
+  if ((limit <= 0)); then
+    say "$what: no time is left"
+    failed=1
+    return
+  fi
   say "$what"
-  timeout "$limit" "$@" || { echo "ci/gpu.sh: $what failed" >&2 && failed=1; }
+  timeout -s INT -k 10 "$limit" "$@" || { echo "ci/gpu.sh: $what failed" >&2 && failed=1; }
 }
 on_gpu=(tests/test_cuda.py tests/test_cuda_library.py tests/test_compat_cuda.py tests/test_ops.py tests/test_rtrl.py
   tests/test_serving.py)
 if [ "$with_jax" = ON ]; then on_gpu+=(tests/test_jax.py); else say "no JAX with a GPU: left out"; fi
-part 150 "tests" "$PYTHON" -m pytest -q "${on_gpu[@]}" -m gpu "$@"
-# By the compiler itself: a build of tests/cpp would take the CPU's kernels along. ci/nightly.sh has
-# every float, which is minutes of the CPU.
-part 90 "functions" bash -c 'nvcc -std=c++20 -O3 --fmad=false -arch="sm_$0" \
-  -Xcompiler=-ffp-contract=off,-pthread -DRECURRA_ISA=cuda -Icsrc -o "$1" \
-  tests/cpp/test_math_cuda.cu && "$1" --one-in 16' "$arch" "$BUILD/test_math_cuda"
+part 150 "tests" "$PYTHON" -m pytest -q "${on_gpu[@]}" -m gpu --junitxml="$OUT/tests.xml" "$@"
+part 120 "bench" bash -c '"$0" -m recurra bench --device cuda --json "$1/bench.json" \
+  | tee "$1/bench.txt"; exit "${PIPESTATUS[0]}"' "$PYTHON" "$OUT"
+# ci/nightly.sh has every float, which is minutes of the CPU.
+part 60 "functions" bash -c 'ci/math_cuda.sh "$0" "$1" && "$1" --one-in 16' \
+  "$arch" "$BUILD/test_math_cuda"
 if command -v compute-sanitizer > /dev/null; then
+  # Blocks that torch keeps would hide what is read and written beside a tensor.
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   for tool in memcheck racecheck; do
-    part 40 "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
+    part 90 "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 1 \
       "$PYTHON" -m pytest -q tests/test_cuda.py -k test_two_shapes
   done
 else
   say "compute-sanitizer is not installed: left out"
 fi
-part 120 "bench" bash -c '"$0" -m recurra bench --device cuda --json "$1/bench.json" \
-  | tee "$1/bench.txt"; exit "${PIPESTATUS[0]}"' "$PYTHON" "$OUT"
 say "done, results in $OUT"
 exit "$failed"

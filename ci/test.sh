@@ -11,6 +11,7 @@ say "lint"
 python ci/lint.py
 python ci/lint.py --objects "$BUILD/package"
 python ci/cuda_budget.py "$BUILD/package"
+if command -v nvcc > /dev/null; then ci/math_cuda.sh 90 "$BUILD/test_math_cuda"; fi
 build_cpp_tests asan address,undefined
 ctest --test-dir "$CPP" -j 2 --no-tests=error --output-on-failure
 say "pytest"

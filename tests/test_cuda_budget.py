@@ -45,6 +45,8 @@ def test_every_rule():
     assert "shared 129" in _told(budgets, shared=129)[0]
     assert _told(budgets, spills=4) == ["_Z1fv spills registers"]
     assert _told(None, spills=4, registers=99) == ["_Z1fv spills registers"]
+    gone = budgets | {"_Z1hv": budget.Use(1, 0, 0)}
+    assert _told(gone) == ["_Z1hv of cuda_budget.txt is not in the build"]
     del budgets["_Z1gv"]
     assert "_Z1gv is not in cuda_budget.txt" in _told(budgets)[0]
 

@@ -19,14 +19,38 @@
 
 namespace recurra::cuda {
 
+// Whether an error says that this build cannot run on a GPU or under its driver.
+inline bool is_other_build(cudaError_t error) {
+  return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+         error == cudaErrorUnsupportedPtxVersion || error == cudaErrorInsufficientDriver;
+}
+
+// What this build has code for: by nvcc, 900 for sm_90.
+#define RECURRA_TEXT_OF(...) #__VA_ARGS__
+#define RECURRA_TEXT(...) RECURRA_TEXT_OF(__VA_ARGS__)
+#if !defined(__CUDA_ARCH_LIST__)
+#define __CUDA_ARCH_LIST__ 0
+#endif
+
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // or the next launch, which asks for it, would be blamed as well
   std::string text = std::string("recurra: ") + what + ": " + cudaGetErrorString(error);
-  if (error == cudaErrorNoKernelImageForDevice)
+  if (error == cudaErrorInsufficientDriver || error == cudaErrorUnsupportedPtxVersion) {
     text +=
-        "; this build has no code for that GPU: install a wheel, or build for it with "
+        "; the NVIDIA driver is older than the CUDA of this build: update it, or build with an "
+        "older nvcc";
+  } else if (is_other_build(error)) {
+    text += "; this build has code for architectures " RECURRA_TEXT(__CUDA_ARCH_LIST__);
+    int device = 0, major = 0, minor = 0;
+    if (cudaGetDevice(&device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess)
+      text += " and that GPU is " + std::to_string(100 * major + 10 * minor);
+    text +=
+        ": install a wheel, or build for it with "
         "-C cmake.define.RECURRA_CUDA_ARCHITECTURES=native";
+  }
   throw std::runtime_error(text);
 }
 

@@ -35,12 +35,16 @@ __global__ void __launch_bounds__(32) take_words(uint32_t* words) {
 }
 
 bool has_code(int device) {
+  int current = 0;
+  if (cudaGetDevice(&current) == cudaErrorInsufficientDriver) {
+    cudaGetLastError();
+    return false;
+  }
   const DeviceGuard guard(device);
   cudaFuncAttributes attributes;
   const auto load = [&] { return cudaFuncGetAttributes(&attributes, take_words); };
   const cudaError_t error = while_captured(load);
-  if (error != cudaErrorNoKernelImageForDevice && error != cudaErrorInvalidDeviceFunction &&
-      error != cudaErrorUnsupportedPtxVersion) {
+  if (!is_other_build(error)) {
     check(error, "cudaFuncGetAttributes");  // such as memory that is full says nothing of the code
     return true;
   }

@@ -35,6 +35,7 @@ enum cudaError_t {
   cudaErrorNoKernelImageForDevice,
   cudaErrorInvalidDeviceFunction,
   cudaErrorUnsupportedPtxVersion,
+  cudaErrorInsufficientDriver,
   cudaErrorMemoryAllocation
 };
 inline const char* cudaGetErrorString(cudaError_t error) {
@@ -84,6 +85,11 @@ inline cudaError_t cudaGetDevice(int* device) {
   auto& here = recurra::cuda::emulator::runtime;
   *device = here.context ? static_cast<int>(here.context - here.contexts.data()) : here.device;
   return here.returned();
+}
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
+  *value = what == cudaDevAttrComputeCapabilityMajor ? 7 : 5;
+  return cudaSuccess;
 }
 inline cudaError_t cudaSetDevice(int device) {
   auto& here = recurra::cuda::emulator::runtime;

@@ -68,6 +68,8 @@ inline void status_case(Case& c, const Shape&) {
     } catch (const std::runtime_error&) {
     }
     cuda::emulator::runtime.code = cudaSuccess;
+    cuda::emulator::runtime.next = cudaErrorInsufficientDriver;
+    if (cuda::has_code(0)) set(told, 9, 0);
     if (cudaGetLastError() != cudaSuccess) set(told, 7, 0);
   };
 }

@@ -27,6 +27,19 @@ void errors() {
     text = error.what();
   }
   CHECK(text == "recurra: cudaGetDevice: an error", "%s", text.c_str());
+  const auto told = [](cudaError_t error) {
+    try {
+      recurra::cuda::check(error, "a call");
+    } catch (const std::runtime_error& said) {
+      return std::string(said.what());
+    }
+    return std::string();
+  };
+  text = told(cudaErrorNoKernelImageForDevice);
+  CHECK(text.find("has code for architectures 0 and that GPU is 750: install") != text.npos, "%s",
+        text.c_str());
+  text = told(cudaErrorInsufficientDriver);
+  CHECK(text.find("driver is older than the CUDA of this build") != text.npos, "%s", text.c_str());
   int ran = 0;
   try {
     RECURRA_LAUNCH(nothing, 1, 1, recurra::cuda::Stream{}, &ran);

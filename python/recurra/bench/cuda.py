@@ -8,6 +8,7 @@ its inputs twice, and the bytes of that form are what it is held to.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
 
@@ -17,9 +18,27 @@ from torch import Tensor
 import recurra
 from recurra.bench.rnn import inputs as rnn_inputs
 
+_DEVICE = "cuda"
 _REPEAT = 15
 _SPLIT_BELOW = 1 << 14  # bytes of a step below which linear_scan splits time
-_LARGEST = 2**28  # inputs of a case of rnn, numbers
+
+# What is timed. The last ones of selective_scan and block_scan are split in time.
+SCANS = ((8, 4096, 2048), (1, 1048576, 64), (64, 2048, 512))  # B, T, D
+SELECTIVE = (((8, 4096, 2048, 16), False), ((1, 1048576, 64, 16), True))  # B, L, D, N
+CONV = (8, 4096, 2048)
+SOFTMAX = (8, 4096, 2048)
+BLOCKS = (  # B, T, blocks, k
+    ((8, 4096, 512, 4), False),
+    ((1, 524288, 16, 4), True),
+    ((1, 65536, 8, 16), True),
+)
+CHANNELS = (2**8, 2**11, 2**14, 2**15, 2**17)  # of rnn, B N
+LENGTHS = (512, 4096, 32768, 131072)
+LARGEST = 2**28  # inputs of a case of rnn, numbers
+COPIED = 2**28  # numbers
+
+
+Case = dict[str, object]
 
 
 @dataclasses.dataclass
@@ -58,8 +77,8 @@ def seconds(call: Callable[[], object], repeat: int = _REPEAT) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written per second by a copy of 1 GiB."""
-    source = torch.empty(2**28, device="cuda").normal_()
+    """Bytes read and written per second by a large copy."""
+    source = torch.empty(COPIED, device=_DEVICE).normal_()
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds(lambda: target.copy_(source))
 
@@ -72,7 +91,7 @@ def exp_rate() -> float:
 
 
 def _normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, device="cuda").to(dtype)
+    return torch.randn(*shape, device=_DEVICE).to(dtype)
 
 
 def _both(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Callable, Callable]:
@@ -86,6 +105,10 @@ def _both(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Callable, C
     )
 
 
+def _name(op: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{op}/{'x'.join(map(str, shape))}/{str(dtype).removeprefix('torch.')}"
+
+
 def _scan(function: Callable, rows: int, dtype: torch.dtype, n: int, arrays: tuple[int, int]):
     """Bytes of forward and backward and the form, by how many channels there are to run."""
     item = torch.finfo(dtype).bits // 8
@@ -95,50 +118,53 @@ def _scan(function: Callable, rows: int, dtype: torch.dtype, n: int, arrays: tup
     return moved, "time is split" if split else ""
 
 
-def _lines() -> Iterator[Line]:
-    f32, bf16 = torch.float32, torch.bfloat16
-    for shape in ((8, 4096, 2048), (1, 1048576, 64), (64, 2048, 512)):
-        for dtype in (f32, bf16):
-            a = torch.rand(shape, device="cuda").to(dtype)
-            b = _normal(*shape, dtype=dtype)
-            forward, backward = _both(lambda a, b: recurra.linear_scan(a, b)[0], a, b)
-            moved, note = _scan(forward, shape[0] * shape[2], dtype, b.numel(), (3, 5))
-            name = f"linear_scan/{'x'.join(map(str, shape))}/{str(dtype).removeprefix('torch.')}"
-            yield Line(f"{name}/forward", forward, moved[0], limit=1 / 0.85, note=note)
-            yield Line(f"{name}/backward", backward, moved[1], limit=1 / 0.8, note=note)
-    yield from _selective()
-    B, L, D = 8, 4096, 2048
-    for dtype in (f32, bf16):
-        x = _normal(B, L, D, dtype=dtype)
-        weight, bias = _normal(D, 4), _normal(D)
+def _linear() -> Iterator[Line]:
+    for shape, dtype in itertools.product(SCANS, (torch.float32, torch.bfloat16)):
+        a = torch.rand(shape, device=_DEVICE).to(dtype)
+        b = _normal(*shape, dtype=dtype)
+        forward, backward = _both(lambda a, b: recurra.linear_scan(a, b)[0], a, b)
+        moved, note = _scan(forward, shape[0] * shape[2], dtype, b.numel(), (3, 5))
+        name = _name("linear_scan", shape, dtype)
+        yield Line(f"{name}/forward", forward, moved[0], limit=1 / 0.85, note=note)
+        yield Line(f"{name}/backward", backward, moved[1], limit=1 / 0.8, note=note)
+
+
+def _conv() -> Iterator[Line]:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = _normal(*CONV, dtype=dtype)
+        weight, bias = _normal(CONV[2], 4), _normal(CONV[2])
         forward, backward = _both(
             lambda x, w, b: recurra.causal_conv1d(x, w, b, activation="silu")[0], x, weight, bias
         )
-        name = f"causal_conv1d/{B}x{L}x{D}/{str(dtype).removeprefix('torch.')}"
+        name = _name("causal_conv1d", CONV, dtype)
         yield Line(f"{name}/forward", forward, 2 * x.nbytes, limit=1 / 0.85)
         yield Line(f"{name}/backward", backward, 3 * x.nbytes)
-    s, v = _normal(B, L, D), _normal(B, L, D)
-    decay, bonus = torch.rand(D, device="cuda"), _normal(D)
+
+
+def _softmax() -> Iterator[Line]:
+    s, v = _normal(*SOFTMAX), _normal(*SOFTMAX)
+    decay, bonus = torch.rand(SOFTMAX[2], device=_DEVICE), _normal(SOFTMAX[2])
     forward, backward = _both(
         lambda s, v, d, b: recurra.softmax_scan(s, v, decay=d, bonus=b)[0], s, v, decay, bonus
     )
-    n = s.numel()
-    yield Line(f"softmax_scan/{B}x{L}x{D}/float32/forward", forward, 12 * n, 2 * n)
-    yield Line(f"softmax_scan/{B}x{L}x{D}/float32/backward", backward, 20 * n, 2 * n)
-    # The last ones are split in time, which reads A and b, or dh, once more.
-    for B, L, N, k, split in ((8, 4096, 512, 4, 0), (1, 524288, 16, 4, 1), (1, 65536, 8, 16, 1)):
+    name, n = _name("softmax_scan", SOFTMAX, s.dtype), s.numel()
+    yield Line(f"{name}/forward", forward, 12 * n, n)
+    yield Line(f"{name}/backward", backward, 20 * n, n)
+
+
+def _blocks() -> Iterator[Line]:
+    for (B, L, N, k), split in BLOCKS:
         A, b = _normal(B, L, N, k, k) / k, _normal(B, L, N, k)
         forward, backward = _both(lambda A, b: recurra.block_scan(A, b)[0], A, b)
-        moved = A.nbytes + 2 * b.nbytes + split * (A.nbytes + b.nbytes)
-        back = 2 * A.nbytes + 3 * b.nbytes + split * (A.nbytes + b.nbytes)
+        again = split * (A.nbytes + b.nbytes)  # A and b, or dh, are read once more
         note = "time is split" if split else ""
-        name = f"block_scan/{B}x{L}x{N}x{k}/float32"
-        yield Line(f"{name}/forward", forward, moved, note=note)
-        yield Line(f"{name}/backward", backward, back, note=note)
+        name = _name("block_scan", (B, L, N, k), b.dtype)
+        yield Line(f"{name}/forward", forward, A.nbytes + 2 * b.nbytes + again, note=note)
+        yield Line(f"{name}/backward", backward, 2 * A.nbytes + 3 * b.nbytes + again, note=note)
 
 
 def _selective() -> Iterator[Line]:
-    for shape, split in (((8, 4096, 2048, 16), False), ((1, 1048576, 64, 16), True)):
+    for shape, split in SELECTIVE:
         yield from _selective_of(shape, split)
 
 
@@ -147,8 +173,8 @@ def _selective_of(shape: tuple[int, int, int, int], split: bool) -> Iterator[Lin
     B, L, D, N = shape
     bf16 = torch.bfloat16
     u, z = _normal(B, L, D, dtype=bf16), _normal(B, L, D, dtype=bf16)
-    delta = (0.5 * torch.rand(B, L, D, device="cuda")).to(bf16)
-    A = -torch.rand(D, N, device="cuda") - 0.5
+    delta = (0.5 * torch.rand(B, L, D, device=_DEVICE)).to(bf16)
+    A = -torch.rand(D, N, device=_DEVICE) - 0.5
     Bs, Cs = _normal(B, L, N, dtype=bf16), _normal(B, L, N, dtype=bf16)
     skip = _normal(D)
     forward, backward = _both(
@@ -158,7 +184,7 @@ def _selective_of(shape: tuple[int, int, int, int], split: bool) -> Iterator[Lin
         *(u, delta, A, Bs, Cs, skip, z),
     )
     moved = 4 * u.nbytes + Bs.nbytes + Cs.nbytes
-    name = f"selective_scan/{B}x{L}x{D}x{N}/bfloat16"
+    name = _name("selective_scan", shape, bf16)
     n = B * L * D * N
     if split:
         # Again u, delta and B; or dy, z, delta and C.
@@ -168,73 +194,99 @@ def _selective_of(shape: tuple[int, int, int, int], split: bool) -> Iterator[Lin
         yield Line(f"{name}/backward", backward, 2 * moved + again, 2 * n, note=note)
         return
     yield Line(f"{name}/forward", forward, moved, n, limit=1.5)
-    yield Line(f"{name}/backward", backward, 2 * moved, n, note="at most 3.5 x forward is asked")
+    yield Line(f"{name}/backward", backward, 2 * moved, n)
 
 
-def _measure(line: Line, bandwidth: float, exponentials: float) -> dict[str, object]:
-    taken = seconds(line.call)
-    floor = max(line.bytes / bandwidth, line.exponentials / exponentials)
-    ratio = taken / floor
-    verdict = ""
-    if line.limit is not None:
-        verdict = f", at most {line.limit:.2f}: {'met' if ratio <= line.limit else 'MISSED'}"
-    note = f"  ({line.note})" if line.note else ""
-    print(
-        f"{line.name:48}{taken * 1e6:10.1f} us  {line.bytes / taken * 1e-9:7.0f} GB/s"
-        f"  {ratio:6.2f} x floor{verdict}{note}"
-    )
-    return {
-        "case": line.name,
-        "seconds": taken,
-        "floor": floor,
-        "ratio": ratio,
-        "limit": line.limit,
-        "note": line.note,
-    }
+def _verdict(ratio: float, limit: float | None) -> str:
+    if limit is None:
+        return ""
+    return f", at most {limit:.2f}: {'met' if ratio <= limit else 'MISSED'}"
 
 
-def _rnn(bandwidth: float) -> Iterator[dict[str, object]]:
+def _measured(lines: Iterator[Line], bandwidth: float, exponentials: float) -> Iterator[Case]:
+    seen: dict[str, float] = {}
+    for line in lines:
+        taken = seen[line.name] = seconds(line.call)
+        floor = max(line.bytes / bandwidth, line.exponentials / exponentials)
+        ratio = taken / floor
+        note = f"  ({line.note})" if line.note else ""
+        print(
+            f"{line.name:48}{taken * 1e6:10.1f} us  {line.bytes / taken * 1e-9:7.0f} GB/s"
+            f"  {ratio:6.2f} x floor{_verdict(ratio, line.limit)}{note}"
+        )
+        yield {
+            "case": line.name,
+            "seconds": taken,
+            "floor": floor,
+            "ratio": ratio,
+            "limit": line.limit,
+            "note": line.note,
+        }
+        is_backward = line.name.startswith("selective_scan") and line.name.endswith("backward")
+        if is_backward and not line.note:  # asked where time is not split
+            forward = seen[line.name.replace("/backward", "/forward")]
+            yield _compared(f"{line.name} / forward", taken / forward, 3.5)
+
+
+def _compared(name: str, ratio: float, limit: float) -> Case:
+    print(f"{name:77}{ratio:6.2f}{_verdict(ratio, limit)}")
+    return {"case": name, "ratio": ratio, "limit": limit}
+
+
+def _rnn(bandwidth: float) -> Iterator[Case]:
     """Sequential, Newton's method and what ``auto`` takes, by channels and length."""
     print(f"\n{'rnn, us':24}{'sequential':>14}{'newton':>14}{'auto':>14}{'x floor':>10}")
-    for cell in ("paragru", "paralstm"):
+    for cell, channels, T in itertools.product(("paragru", "paralstm"), CHANNELS, LENGTHS):
         G = len(recurra.cells()[cell].inputs)
-        for channels in (2**8, 2**11, 2**14, 2**15, 2**17):
-            for T in (512, 4096, 32768, 131072):
-                if channels * T * G > _LARGEST:
-                    continue
-                given = {k: v.cuda() for k, v in rnn_inputs(cell, 1, T, channels).items()}
-                times: dict[str, float | None] = {}
-                for algorithm in ("sequential", "newton", "auto"):
+        name = f"rnn/{cell}/{channels}x{T}"
+        if channels * T * G > LARGEST:
+            print(f"{cell:10}{channels:7}{T:7}   left out: more than {LARGEST} inputs")
+            continue
+        given = {k: v.to(_DEVICE) for k, v in rnn_inputs(cell, 1, T, channels).items()}
+        times: dict[str, float | None] = {}
+        for algorithm in ("sequential", "newton", "auto"):
 
-                    def call(given=given, algorithm=algorithm, cell=cell):
-                        return recurra.rnn(**given, cell=cell, algorithm=algorithm)
+            def call(given=given, algorithm=algorithm, cell=cell):
+                return recurra.rnn(**given, cell=cell, algorithm=algorithm)
 
-                    try:
-                        times[algorithm] = seconds(call, 5)
-                    except RuntimeError as error:
-                        times[algorithm] = None
-                        if "CUDA error" in str(error):
-                            raise
-                floor = 4 * channels * T * (G + 1) / bandwidth
-                words = [f"{t * 1e6:14.0f}" if t else f"{'absent':>14}" for t in times.values()]
-                ratio = times["auto"] / floor if times["auto"] else float("nan")
-                print(f"{cell:10}{channels:7}{T:7}{''.join(words)}{ratio:10.2f}")
-                yield {"case": f"rnn/{cell}/{channels}x{T}", "floor": floor, "seconds": times}
+            try:
+                times[algorithm] = seconds(call, 5)
+            except RuntimeError as error:
+                times[algorithm] = None
+                if "CUDA error" in str(error):
+                    raise
+        floor = 4 * channels * T * (G + 1) / bandwidth
+        words = [f"{t * 1e6:14.0f}" if t else f"{'absent':>14}" for t in times.values()]
+        sequential, newton, auto = times.values()
+        ratio = auto / floor if auto else float("nan")
+        print(f"{cell:10}{channels:7}{T:7}{''.join(words)}{ratio:10.2f}")
+        yield {"case": name, "floor": floor, "seconds": times}
+        if auto:
+            better = min(t for t in (sequential, newton) if t)
+            yield _compared(f"{name} auto / the better", auto / better, 1.15)
+        if auto and channels >= 2**15:
+            yield _compared(f"{name} auto / floor", ratio, 1.5)
+        if newton and sequential and channels <= 2**11 and T >= 32768:
+            yield _compared(f"{name} newton / sequential", newton / sequential, 1 / 5)
 
 
-def _steps() -> Iterator[dict[str, object]]:
+def _steps() -> Iterator[Case]:
     """A step at B = 1 within a CUDA graph of many."""
     D, many = 1536, 100
     h, a, b = (_normal(1, D) for _ in range(3))
     conv, x, weight = _normal(1, 3, D), _normal(1, D), _normal(D, 4)
-    state, A, B = _normal(1, D, 16), -torch.rand(D, 16, device="cuda"), _normal(1, 16)
+    state, A, B = _normal(1, D, 16), -torch.rand(D, 16, device=_DEVICE), _normal(1, 16)
     info = recurra.cells()["paragru"]
     hidden, gates = _normal(1, len(info.states), D), _normal(1, len(info.inputs), D)
     parameters = _normal(len(info.params), D)
+    A4, b4, h4 = _normal(1, D // 4, 4, 4), _normal(1, D // 4, 4), _normal(1, D // 4, 4)
+    pair = torch.zeros(1, 3, D, device=_DEVICE)
     calls = {
         "linear_scan_step": lambda: recurra.linear_scan_step(h, a, b),
         "causal_conv1d_step": lambda: recurra.causal_conv1d_step(conv, x, weight),
         "selective_scan_step": lambda: recurra.selective_scan_step(state, x, x, A, B, B),
+        "block_scan_step": lambda: recurra.block_scan_step(h4, A4, b4),
+        "softmax_scan_step": lambda: recurra.softmax_scan_step(pair, x, x),
         "rnn_step": lambda: recurra.rnn_step(hidden, gates, parameters, cell="paragru"),
     }
     print()
@@ -245,12 +297,19 @@ def _steps() -> Iterator[dict[str, object]]:
             for _ in range(many):
                 call()
         taken = seconds(graph.replay) / many
-        print(f"{name:48}{taken * 1e6:10.2f} us, at most 6: {'met' if taken <= 6e-6 else 'MISSED'}")
+        met = "met" if taken <= 6e-6 else "MISSED"
+        print(f"{name:48}{taken * 1e6:10.2f} us, at most 6: {met}")
         yield {"case": name, "seconds": taken, "ratio": taken / 6e-6, "limit": 1.0}
 
 
-def run() -> dict[str, object]:
+def run(save: Callable[[Case, list[Case]], None] = lambda about, cases: None) -> list[Case]:
     """Prints the whole table and returns it.
+
+    What goes wrong in the cases of one op is told and leaves the others as they are.
+
+    Args:
+        save: called with the machine and all cases after each of them, so that whoever ends this
+            early has those before.
 
     Raises:
         RuntimeError: there is no GPU, or the CUDA library is not loaded.
@@ -258,7 +317,7 @@ def run() -> dict[str, object]:
     if not torch.cuda.is_available():
         raise RuntimeError("recurra bench --device cuda needs a GPU, and torch finds none")
     bandwidth, exponentials = copy_bandwidth(), exp_rate()
-    about = {
+    about: Case = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "copy_bytes_per_second": bandwidth,
@@ -268,9 +327,22 @@ def run() -> dict[str, object]:
         f"{about['device']}, torch {torch.__version__}, copies at {bandwidth * 1e-9:.0f} GB/s, "
         f"{exponentials * 1e-9:.0f} exponentials a ns at most\n"
     )
-    results: list[dict[str, object]] = []
-    for line in _lines():
-        results.append(_measure(line, bandwidth, exponentials))
-    results += _rnn(bandwidth)
-    results += _steps()
-    return {"machine": about, "cases": results}
+    results: list[Case] = []
+    lines = {
+        "linear_scan": _linear(),
+        "selective_scan": _selective(),
+        "causal_conv1d": _conv(),
+        "softmax_scan": _softmax(),
+        "block_scan": _blocks(),
+    }
+    cases = {op: _measured(of_op, bandwidth, exponentials) for op, of_op in lines.items()}
+    for op, of_op in (cases | {"rnn": _rnn(bandwidth), "steps": _steps()}).items():
+        try:
+            for case in of_op:
+                results.append(case)
+                save(about, results)
+        except Exception as error:  # memory that is full, or a kernel that fails
+            print(f"{op}: {type(error).__name__}: {error}")
+            results.append({"case": op, "error": str(error)})
+            save(about, results)
+    return results

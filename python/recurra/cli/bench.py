@@ -83,11 +83,14 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 def _on_gpu(args: argparse.Namespace) -> int:
     from recurra.bench import cuda, report
 
-    table = cuda.run()
-    if args.json:
-        report.write_json(args.json, table["machine"], None, table["cases"])
-    missed = [c for c in table["cases"] if c.get("limit") and c["ratio"] > c["limit"]]
-    return 1 if args.check and missed else 0
+    def save(about: dict, cases: list[dict]) -> None:
+        if args.json:
+            report.write_json(args.json, about, None, cases)
+
+    results = cuda.run(save)
+    failed = [c for c in results if "error" in c]
+    missed = [c for c in results if c.get("limit") and c["ratio"] > c["limit"]]
+    return 1 if failed or (args.check and missed) else 0
 
 
 def run(args: argparse.Namespace) -> int:
