@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib.util
 import os
@@ -324,13 +325,84 @@ def test_the_folder_must_be_the_users_own(tmp_path, monkeypatch):
         (('names("c", "h")', "names()"), "states must be from 1 to 4 names, got 0"),
         (("names(" + '"x", "gate")', "names(x)"), "inputs must be names in quotes, got x"),
         (("output = 1", "output = 2"), "N < 2, got 2"),
-        (("struct Leaky {", ""), "must hold a struct"),
+        (("struct Leaky {", "namespace leaky {"), "must hold a struct"),
+        (("\n// A", "\ufeff// A"), "plain text, got U+FEFF in line 1"),
+        (("A leaky", "\0"), "plain text, got U+0000 in line 2"),
+        (("A leaky", "\udc80"), "plain text, got U+DC80 in line 2"),
     ],
 )
 def test_what_is_not_a_cell(change, message):
     with pytest.raises(ValueError, match="jit.cell: ") as raised:
         recurra.jit.cell(LEAKY.replace(*change))
     assert message in str(raised.value)
+
+
+HELPERS = r"""
+struct Base { static constexpr int base = 1'000; };
+struct Nothing;  // {
+class Leaky final
+    : Base {  /* struct Wrong { */
+  struct In { int z; };
+  enum class Kind : int { one };
+  static constexpr char brace = '{', quote = '\'';
+  static constexpr const char* braces = "struct Wrong { \" // /*";
+  static constexpr const char* raw = R"x(" struct Wrong { )" )x";
+ public:
+"""
+
+
+@compiler
+def test_the_cell_is_the_struct_around_its_names(cache):
+    source = LEAKY.replace("struct Leaky {", HELPERS)
+    assert recurra.jit.cell(source).info.name == "leaky"
+    assert jit_source.read(source)[0] == "jit::Leaky"
+    chosen = "#if 1\nstruct Leaky {\n#else\nstruct Leaky : Base {\n#endif"
+    assert jit_source.read(LEAKY.replace("struct Leaky {", chosen))[0] == "jit::Leaky"
+
+
+@pytest.mark.parametrize(
+    "change, line, message",
+    [
+        (("};", ""), "struct Leaky", "this { is never closed"),
+        (("  }\n", ""), "struct Leaky", "this { is never closed"),
+        (("};", "}; /* {\n*/ }  // {"), "*/ }", "this } closes nothing"),
+    ],
+)
+def test_an_unbalanced_brace_is_said_with_its_line(change, line, message):
+    source = LEAKY.replace(*change)
+    number = next(n for n, text in enumerate(source.split("\n"), 1) if line in text)
+    with pytest.raises(recurra.jit.CompileError, match=f"cell.h:{number}: error: {message}$"):
+        recurra.jit.cell(source)
+
+
+@pytest.mark.parametrize("command", ['g++ "', "/bin/true"])
+def test_what_cxx_names_is_no_compiler(cache, monkeypatch, command):
+    monkeypatch.setenv("CXX", command)
+    message = "CXX must be a command.*No closing" if '"' in command else "true made no library"
+    with pytest.raises(RuntimeError, match=f"^jit.cell: .*{message}"):
+        recurra.jit.cell(LEAKY.replace('"leaky"', '"unmade"'))
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@compiler
+@pytest.mark.parametrize("where", ["write_sealed", "write_bytes", "tempfile.TemporaryDirectory"])
+def test_a_library_that_cannot_be_kept(cache, monkeypatch, where):
+    monkeypatch.setattr(f"recurra.jit.compile.{where}", full)
+    with pytest.raises(RuntimeError, match="cannot be kept: .*No space.*RECURRA_JIT_CACHE"):
+        recurra.jit.cell(LEAKY.replace('"leaky"', '"unkept"'))
+
+
+@nvrtc
+def test_a_cubin_that_cannot_be_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECURRA_JIT_CACHE", str(tmp_path / "cells"))
+    monkeypatch.setattr(compiling, "compiler", lambda: None)
+    monkeypatch.setattr(compiling, "write_sealed", full)
+    cell = recurra.jit.cell(LEAKY.replace('"leaky"', '"unkept"'))
+    assert cell.cubin("sm_80") == cell.cubin("sm_80")
+    assert not list(compiling.folder().glob("*.cubin"))
 
 
 @compiler

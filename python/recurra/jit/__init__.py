@@ -128,9 +128,9 @@ def cell(source: str) -> Cell:
     Raises:
         CompileError: it does not compile; the message has the compiler's own, in which ``cell.h``
             is ``source``.
-        ValueError: it does not hold one cell with its names, or the derivatives that the engines
-            take are not those of its step.
-        RuntimeError: the folder of compiled cells cannot be used.
+        ValueError: it is not plain text, it does not hold one cell with its names, or the
+            derivatives that the engines take are not those of its step.
+        RuntimeError: the folder of compiled cells cannot be used, or what CXX names is no compiler.
     """
     if not isinstance(source, str):
         raise ValueError(f"jit.cell: source must be text, got {type(source).__name__}")

@@ -40,6 +40,13 @@ class CompileError(RuntimeError):
     """The text of a cell does not compile; holds what the compiler said, with the text's lines."""
 
 
+def _not_kept(error: Exception) -> RuntimeError:
+    return RuntimeError(
+        f"jit.cell: compiled cells cannot be kept: {error}; RECURRA_JIT_CACHE names another "
+        "folder for them"
+    )
+
+
 def folder() -> Path:
     """Where compiled cells are kept.
 
@@ -54,10 +61,7 @@ def folder() -> Path:
         path = Path(given).expanduser().absolute() if given else Path(base) / "recurra"
         return private_folder(path)
     except (OSError, RuntimeError) as error:
-        raise RuntimeError(
-            f"jit.cell: compiled cells cannot be kept: {error}; RECURRA_JIT_CACHE names another "
-            "folder for them"
-        ) from None
+        raise _not_kept(error) from None
 
 
 @functools.cache
@@ -76,6 +80,10 @@ def cached(suffix: str, parts: list[str], make: Callable[[], bytes]) -> tuple[Pa
 
     The file has its hash behind the data, which neither the loader of libraries nor of cubins
     looks at.
+
+    Raises:
+        OSError: it cannot be read or written.
+        RuntimeError: there is no folder for it.
     """
     key = hashlib.sha256("\0".join([recurra.__version__, headers(), *parts]).encode()).hexdigest()
     path = folder() / f"{key}{suffix}"
@@ -100,9 +108,16 @@ def _identity(command: tuple[str, ...]) -> str:
 
 
 def compiler() -> tuple[str, ...] | None:
-    """The command that CXX names, or c++, g++ or clang++ of the PATH."""
+    """The command that CXX names, or c++, g++ or clang++ of the PATH.
+
+    Raises:
+        RuntimeError: a quotation in CXX has no end.
+    """
     if given := os.environ.get("CXX", "").strip():
-        return tuple(shlex.split(given))
+        try:
+            return tuple(shlex.split(given))
+        except ValueError as error:
+            raise RuntimeError(f"jit.cell: CXX must be a command, got {given}: {error}") from None
     for name in ("c++", "g++", "clang++"):
         if found := shutil.which(name):
             return (found,)
@@ -156,7 +171,7 @@ def library(program: str, engine: str, text: str) -> Path:
 
     Raises:
         CompileError: it does not compile.
-        RuntimeError: there is no compiler.
+        RuntimeError: there is no compiler, it makes no library, or that cannot be kept.
     """
     command = compiler()
     if command is None:
@@ -173,13 +188,20 @@ def library(program: str, engine: str, text: str) -> Path:
             write_bytes(within / "plain.cpp", (program + PLAIN).encode())
             write_bytes(within / "cell.h", text.encode())
             whole = _run([*command, *flags, "program.cpp", "-o", "cell.so"], within)
+            made = within / "cell.so"
+            if whole is None and not made.exists():
+                raise RuntimeError(f"jit.cell: the compiler {shlex.join(command)} made no library")
             if whole is None:
-                return (within / "cell.so").read_bytes()
+                return made.read_bytes()
             # What is wrong with a step on plain numbers says so in a few lines.
             plain = _run([*command, *flags, "-fsyntax-only", "plain.cpp"], within)
             raise compile_error(plain or whole)
 
-    return cached(".so", ["c++", _identity(command), *flags, program, engine], make)[0]
+    parts = ["c++", _identity(command), *flags, program, engine]
+    try:
+        return cached(".so", parts, make)[0]
+    except OSError as error:
+        raise _not_kept(error) from None
 
 
 # ---- NVRTC ---------------------------------------------------------------------------------------
@@ -220,6 +242,8 @@ def cuda_core():
 def cubin(program: str, arch: str, kernels: tuple[str, ...]) -> tuple[bytes, dict[str, str]]:
     """The machine code of a program for one architecture such as "sm_90".
 
+    Where it cannot be written to the folder it is compiled all the same.
+
     Args:
         program: what is compiled.
         arch: the architecture.
@@ -230,7 +254,7 @@ def cubin(program: str, arch: str, kernels: tuple[str, ...]) -> tuple[bytes, dic
 
     Raises:
         CompileError: it does not compile.
-        RuntimeError: cuda.core or NVRTC is not there.
+        RuntimeError: cuda.core or NVRTC is not there, or there is no folder.
     """
     core = cuda_core()
     include = recurra.include_path()
@@ -238,6 +262,7 @@ def cubin(program: str, arch: str, kernels: tuple[str, ...]) -> tuple[bytes, dic
         arch=arch, include_path=[include, f"{include}/recurra"], **dict(_NVRTC)
     )
 
+    @functools.cache
     def make() -> bytes:
         try:
             built = core.Program(program, "c++", options).compile(
@@ -254,7 +279,11 @@ def cubin(program: str, arch: str, kernels: tuple[str, ...]) -> tuple[bytes, dic
         return "\n".join(names).encode() + b"\0" + built.code
 
     version = f"{core.__version__} {nvrtc_version()}"
-    data = cached(".cubin", ["nvrtc", version, arch, repr(_NVRTC), *kernels, program], make)[1]
+    parts = ["nvrtc", version, arch, repr(_NVRTC), *kernels, program]
+    try:
+        data = cached(".cubin", parts, make)[1]
+    except OSError:
+        data = make()
     names, _, code = data.partition(b"\0")
     return code, dict(zip(kernels, names.decode().split("\n"), strict=True))
 
