@@ -227,6 +227,24 @@ def test_one_model_may_call_an_op_in_several_ways():
 # ---- what is refused --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("left", [["h"], ["h", ""], ["", "h_last"]], ids=str)
+@pytest.mark.parametrize("expand", [False, True], ids=["node", "expanded"])
+def test_outputs_may_be_left_out(left, expand):
+    args = {"a": torch.rand(2, 5, 3), "b": torch.rand(2, 5, 3)}
+    proto = ir.to_proto(one_node("linear_scan", args, {}))
+    for outputs, names in (
+        (proto.graph.node[0].output, left),
+        (proto.graph.output, [helper.make_empty_tensor_value_info(n) for n in left if n]),
+    ):
+        del outputs[:]
+        outputs.extend(names)
+    model = ir.from_proto(proto)
+    (recurra.onnx.expand if expand else recurra.onnx.define)(model)
+    (got,) = run(model, args)
+    h, h_last = recurra.linear_scan(*args.values())
+    close(got, h if "h" in left else h_last, str(left))
+
+
 def test_a_runtime_that_has_only_the_node_says_so():
     args = {"a": torch.rand(2, 5, 3), "b": torch.rand(2, 5, 3)}
     model = one_node("linear_scan", args, {})
@@ -312,6 +330,9 @@ def test_inputs_that_are_refused():
     proto = ir.to_proto(one_node("linear_scan", {"a": a, "b": b, "h0": h0}, {}))
     proto.graph.node[0].input.append("h0")
     refused(ir.from_proto(proto), "linear_scan takes at most 3 inputs, got 4")
+    proto = ir.to_proto(one_node("linear_scan", {"a": a, "b": b}, {}))
+    proto.graph.node[0].output.append("more")
+    refused(ir.from_proto(proto), "linear_scan has at most 2 outputs, got 3")
 
 
 def test_versions_that_are_refused():

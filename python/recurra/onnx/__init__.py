@@ -18,7 +18,7 @@ from torch import Tensor, nn
 try:
     import onnx_ir as ir
     import onnxscript
-    from onnx_ir.passes.common import InlinePass, ShapeInferencePass
+    from onnx_ir.passes.common import InlinePass, NameFixPass, ShapeInferencePass
     from onnxscript import optimizer
 except ImportError as error:
     raise ImportError(
@@ -79,8 +79,8 @@ def define(model: ir.Model) -> None:
 
     Raises:
         ValueError: an operator is unknown, or a type or shape that its function depends on is; an
-            input or attribute is missing, unknown or not of its kind; ai.onnx is older than opset
-            18.
+            input or attribute is missing, unknown or not of its kind; there are more outputs than
+            the operator has; ai.onnx is older than opset 18.
     """
     check_versions(model)
     _inline_callers(model)
@@ -91,9 +91,22 @@ def define(model: ir.Model) -> None:
         if any(x is not None and (x.dtype is None or x.shape is None) for x in node.inputs):
             ShapeInferencePass()(model)  # which goes through the functions that are there by now
         inputs, attributes = read_node(op, node)
+        _return_all(model, op, node)
         function = make_function(op, inputs, attributes, model.opset_imports[""])
         node.overload = function.overload
         model.functions[node.op_identifier()] = ir.serde.deserialize_function(function)
+
+
+def _return_all(model: ir.Model, op: str, node: ir.Node) -> None:
+    """Adds the outputs that a node leaves out: runtimes and inlining pair them with those of the
+    function by position, and some stop at one that is missing."""
+    count = len(getattr(torch.ops.recurra, op).default._schema.returns)
+    if len(node.outputs) == count and all(x.name for x in node.outputs):
+        return
+    node.resize_outputs(count)
+    for x in node.outputs:
+        x.name = x.name or None
+    NameFixPass()(model)
 
 
 def _inline_callers(model: ir.Model) -> None:

@@ -68,8 +68,12 @@ def read_node(op: str, node: ir.Node) -> tuple[dict[str, Input], dict[str, Any]]
     """The inputs that a node is given and all attributes, checked.
 
     Raises:
-        ValueError: an input or attribute is missing, unknown or not of its kind, or has no type.
+        ValueError: an input or attribute is missing, unknown or not of its kind, or has no type; an
+            output is unknown.
     """
+    outputs = len(getattr(torch.ops.recurra, op).default._schema.returns)
+    if len(node.outputs) > outputs:
+        fail(f"{node_name(op)} has at most {outputs} outputs, got {len(node.outputs)}")
     return _inputs(op, node), _attributes(op, node)
 
 
