@@ -236,6 +236,9 @@ def test_aotinductor_without_python(tmp_path):
         run(programs / "aoti", library, package, D, tmp_path / "in", tmp_path / "out")
         (y,) = read(tmp_path / "out", (1, T, D))
         assert same_bits(y, loaded(x))
+    for unreadable in (tmp_path / "none", tmp_path):
+        said = refusal(programs / "aoti", library, package, D, unreadable, tmp_path / "out")
+        assert f"{unreadable} cannot be read" in said
     for D, got in ((0, "0"), (-16, "-16"), ("16x", "16x")):
         said = refusal(programs / "aoti", library, package, D, tmp_path / "in", tmp_path / "out")
         assert (

@@ -116,7 +116,13 @@ def test_the_prompt_is_the_engines_own():
     prompt.fill_(1 << 40)
     engine.run()
     assert request.tokens == want
-    for other in (torch.tensor([1, 2, 3], dtype=torch.uint8), (1, 2, 3), np.array([1, 2, 3])):
+    for other in (
+        torch.tensor([1, 2, 3], dtype=torch.uint8),
+        (1, 2, 3),
+        np.array([1, 2, 3]),
+        np.array([1, 2, 3], "uint16"),
+        np.array([1, 2, 3], "uint32"),
+    ):
         request = engine.submit(other, max_tokens=3)
         engine.run()
         assert request.tokens == want
@@ -200,8 +206,16 @@ def test_a_graph_decodes_the_same(name):
             r"the prompt must be integers in a row, got shape \(1, 2\) .*",
         ),
         (lambda e: e.submit(5), r"the prompt must be integers in a row, got shape \(\) and .*"),
-        (lambda e: e.submit("text"), "the prompt must be integers in a row: .*"),
+        (
+            lambda e: e.submit("text"),
+            r"the prompt must be integers in a row, got str; .*list\(b'text'\)",
+        ),
+        (lambda e: e.submit(b"text"), "the prompt must be integers in a row, got bytes; .*"),
         (lambda e: e.submit([1 << 70]), "the prompt must be integers in a row: .*"),
+        (
+            lambda e: e.submit(np.array([2**64 - 1], "uint64")),
+            "the tokens of the prompt must be from 0 to 63",
+        ),
         (lambda e: e.submit([64]), "the tokens of the prompt must be from 0 to 63"),
         (lambda e: e.submit([1], max_tokens=0), "max_tokens must be at least 1, got 0"),
         (lambda e: e.submit([1], max_tokens=1.5), "max_tokens must be an integer, got 1.5"),

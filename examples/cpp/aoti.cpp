@@ -24,6 +24,7 @@ namespace {
 
 void run(const char* model, int64_t D, const char* input, const char* output) {
   std::ifstream in(input, std::ios::binary);
+  if (in.peek(); !in && !in.eof()) throw std::runtime_error(std::string(input) + " cannot be read");
   std::vector<char> bytes{std::istreambuf_iterator<char>(in), {}};
   const int64_t T = static_cast<int64_t>(bytes.size() / sizeof(float)) / D;
   if (T < 1 || bytes.size() != static_cast<size_t>(T * D) * sizeof(float))

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from recurra.lm.model import LM, LMState
 
-_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_INTEGERS = {torch.int8, torch.int16, torch.int32, torch.int64}
+_INTEGERS |= {torch.uint8, torch.uint16, torch.uint32, torch.uint64}
 
 
 def _count(name: str, value: int) -> int:
@@ -108,6 +109,11 @@ class Engine:
                 not in the vocabulary or is longer than ``max_length`` with what follows it, or
                 ``max_tokens`` is not an integer of at least 1.
         """
+        if isinstance(prompt, str | bytes):
+            raise ValueError(
+                f"Engine: the prompt must be integers in a row, got {type(prompt).__name__}; a "
+                "model of bytes takes list(b'text')"
+            )
         if not isinstance(prompt, Tensor) and isinstance(prompt, Sequence) and not len(prompt):
             raise ValueError("Engine: the prompt must hold at least one token")
         try:
