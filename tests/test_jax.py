@@ -287,6 +287,11 @@ REFUSED = [
     (lambda: rj.linear_scan(X.tolist(), X), TypeError, "a must be a jax.Array, got list: pass"),
     (lambda: rj.linear_scan(X, torch.ones(3)), TypeError, "b must be a jax.Array, got Tensor"),
     (lambda: rj.linear_scan(X, X.astype(">f4")), ValueError, "byte order of this machine, got >f4"),
+    (
+        lambda: rj.linear_scan(X[:1], X[:1], cu_seqlens=np.array([0, 2**32 + 4, 5])),
+        ValueError,
+        "cu_seqlens must be from -2147483648 to 2147483647, got 0 to 4294967300: jax.config",
+    ),
     (lambda: rj.linear_scan(X, X, reverse=1), TypeError, "reverse must be True or False, got 1"),
     (
         lambda: jax.jit(lambda r: rj.linear_scan(X, X, reverse=r))(True),

@@ -415,6 +415,15 @@ def _array(op: str, name: str, x):
             f"{name} must be in the byte order of this machine, got {x.dtype.str}: pass "
             f'{name}.astype({name}.dtype.newbyteorder("="))',
         )
+    if isinstance(x, np.ndarray) and x.dtype.kind in "iu" and x.size:
+        held = np.iinfo(jax.dtypes.canonicalize_dtype(x.dtype))
+        if x.min() < held.min or x.max() > held.max:  # which JAX would wrap
+            fail_as(
+                ValueError,
+                op,
+                f"{name} must be from {held.min} to {held.max}, got {x.min()} to {x.max()}: "
+                'jax.config.update("jax_enable_x64", True) lets JAX hold more',
+            )
     return x
 
 
