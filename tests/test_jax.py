@@ -395,6 +395,7 @@ def test_cuda_calls_are_compiled_where_there_is_no_gpu():
     assert "custom_call @recurra(" in lowered("cuda")
     assert lowered("cuda") == lowered("cpu")
     rj.check_status(jax.devices("cpu")[0])
+    rj.check_status("cpu")
     with jax.set_mesh(jax.make_mesh((1,), ("rows",), devices=jax.devices("cpu")[:1])):
         rj.check_status()
     with jax.default_device("cpu"):

@@ -335,6 +335,16 @@ def test_inputs_that_are_refused():
     refused(ir.from_proto(proto), "linear_scan has at most 2 outputs, got 3")
 
 
+def test_what_is_no_model_is_refused():
+    proto = ir.to_proto(one_node("linear_scan", {"a": torch.rand(2, 5, 3)}, {}))
+    refused(proto, "a model must be an onnx_ir.Model, got ModelProto: onnx_ir.load")
+    with pytest.raises(ValueError, match="takes a recurra.LM, got Linear"):
+        recurra.onnx.export_lm(torch.nn.Linear(2, 2))
+    for shape in ((0, 1), (1,), (1, 2, 3), (1.0, 1)):
+        with pytest.raises(ValueError, match="shape must be two sizes of at least 1"):
+            recurra.onnx.export_lm(recurra.LM("tiny"), shape=shape)
+
+
 def test_versions_that_are_refused():
     args = {"x": torch.rand(2, 3), "weight": torch.rand(3)}
     for version, sentence in (

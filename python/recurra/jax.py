@@ -368,7 +368,7 @@ def _differentiable(op: str, given: tuple[str, ...], options: _Pairs, results: i
     return jax.jit(call)
 
 
-def check_status(device: jax.Device | None = None) -> None:
+def check_status(device: jax.Device | str | None = None) -> None:
     """Raises where a kernel on a GPU was given ``cu_seqlens`` that it had to clamp.
 
     Their values lie on the device and are not checked when a call runs there, which would wait for
@@ -378,16 +378,17 @@ def check_status(device: jax.Device | None = None) -> None:
     the call itself raises, it returns at once.
 
     Args:
-        device: an NVIDIA GPU or a CPU; the one that JAX places computations on when None.
+        device: an NVIDIA GPU or a CPU, or the first one of a platform such as "gpu"; the one that
+            JAX places computations on when None.
 
     Raises:
         RuntimeError: an argument of an op had such values since this was last called; a sentence
             for each.
     """
     if device is None:
-        place = jax.config.jax_default_device  # a device, the name of a platform, or None
-        named = isinstance(place, jax.Device)
-        device = place if named else jax.local_devices(backend=place)[0]
+        device = jax.config.jax_default_device  # a device, the name of a platform, or None
+    if not isinstance(device, jax.Device):
+        device = jax.local_devices(backend=device)[0]
     cuda = device.platform == "gpu" and "rocm" not in device.client.platform_version
     if not cuda or _cuda is None:
         return

@@ -27,7 +27,7 @@ except ImportError as error:
     ) from error
 
 from recurra.lm import LM
-from recurra.onnx._check import check_versions, find_op, read_node, signature
+from recurra.onnx._check import check_versions, fail, find_op, read_node, signature
 from recurra.onnx._functions import BODIES, DOMAIN, VERSION, make_function, node_name
 
 __all__ = ["DOMAIN", "VERSION", "define", "expand", "export", "export_lm", "translation_table"]
@@ -267,9 +267,14 @@ def export_lm(
         The program.
 
     Raises:
-        ValueError: the model has complex states, or torch cannot trace it for any B and T.
+        ValueError: it is another model or another shape, it has complex states, or torch cannot
+            trace it for any B and T.
     """
-    sizes = shape or (2, 3)
+    if not isinstance(model, LM):
+        fail(f"export_lm takes a recurra.LM, got {type(model).__name__}; export takes any module")
+    sizes = (2, 3) if shape is None else tuple(shape)
+    if len(sizes) != 2 or not all(isinstance(n, int) and n >= 1 for n in sizes):
+        fail(f"shape must be two sizes of at least 1, B and T, got {shape}")
     first = model.initial_state(sizes[0])
     names = [f"{n}_{field}" for n, part in enumerate(first) for field in part._fields]
     state = [x.detach() for part in first for x in part]

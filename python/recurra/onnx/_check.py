@@ -52,6 +52,11 @@ def signature(op: str) -> tuple[list[str], dict[str, Any]]:
 
 def check_versions(model: ir.Model) -> None:
     """Refuses a model whose operators the functions do not go with."""
+    if not isinstance(model, ir.Model):
+        fail(
+            f"a model must be an onnx_ir.Model, got {type(model).__name__}: onnx_ir.load(path) "
+            "reads one, onnx_ir.from_proto makes one of a ModelProto"
+        )
     opset = model.opset_imports.get("")
     if opset is None or opset < OPSET:
         said = "none" if opset is None else opset
