@@ -29,14 +29,14 @@ void step(const CausalConv1dStep& args) {
         for (int64_t c = 0; c < kWidth; ++c) out[c] = T(0);
       } else {
         const Plane all = plane(args.h, {slot, 0, args.h.size[1]}, false, c0);
-        const int64_t older = args.h.size[1] - (W - 1);  // than what this step sees
+        load_rows(plane(args.x, n, c0), 1, inputs + (W - 1) * kWidth);  // which may lie in h
+        const int64_t older = args.h.size[1] - (W - 1);                 // than what this step sees
         for (int64_t j = 0; j < older; ++j) {
           load_rows(all.at(j + 1, 0), 1, inputs);
           store_tile<T>(all.at(j, 0), 1, nc, inputs, kWidth, false);
         }
         const Plane h = all.at(older, 0);
         load_rows(h, W - 1, inputs);
-        load_rows(plane(args.x, n, c0), 1, inputs + (W - 1) * kWidth);
         for (int64_t c = 0; c < nc; c += kLanes) {
           Vec<T> v = Vec<T>::load(p.bias.data + c);
           for (int64_t j = 0; j < W; ++j)

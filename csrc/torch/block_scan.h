@@ -70,6 +70,7 @@ inline constexpr const char* kStep = "block_scan_step";
 
 inline void check_step(const Tensor& h, const Tensor& A, const Tensor& b, Optional slots) {
   check(kStep, {{"h", h}, {"A", A}, {"b", b}, {"slots", slots}});
+  check_written(kStep, h, slots, -1, {{"b", b}}, {{"A", A}});
 }
 
 // A step, all of it but its slots; what it returns is the h of args.

@@ -65,6 +65,7 @@ inline void check_step(const char* op, const Tensor& h, const Tensor& x, const T
   if (h.size(1) < weight.size(1) - 1)
     fail(op, "h must have shape (M, L, D) with L >= W-1 = " + std::to_string(weight.size(1) - 1) +
                  ", got " + shape_of(h));
+  check_written(op, h, slots, 1, {{"x", x}}, {{"weight", weight}, {"bias", bias}});
 }
 inline Tensor step_output(CausalConv1dStep& args, const Tensor& h, const Tensor& x,
                           const Tensor& weight, const OptionalTensor& bias) {

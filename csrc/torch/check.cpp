@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <map>
 
+#include "native/overlap.h"
+
 namespace recurra {
 namespace {
 
@@ -200,6 +202,30 @@ std::vector<int64_t> integers(const Tensor& t) {
   return values;
 }
 
+// Whether t is h, or some of it along `spare`, so that rows and channels are in the same places.
+bool lines_up(const Tensor& h, const Tensor& t, int spare) {
+  const bool one = spare >= 0 && t.dim() == h.dim() - 1;  // entry of h along `spare`
+  if (dtype_of(t) != dtype_of(h) || (!one && t.dim() != h.dim())) return false;
+  for (int64_t n = 0; n < t.dim(); ++n) {
+    const int64_t of_h = one && n >= spare ? n + 1 : n;
+    if (of_h != spare && t.size(n) != h.size(of_h)) return false;
+    if (t.size(n) > 1 && t.stride(n) != h.stride(of_h)) return false;
+  }
+  const int64_t from =
+      static_cast<char*>(t.data_ptr()) - static_cast<char*>(h.data_ptr());  // bytes
+  if (spare < 0) return from == 0;
+  const int64_t by = h.stride(spare) * item_size(dtype_of(h));
+  for (int64_t k = 0; k + (one ? 1 : t.size(spare)) <= h.size(spare); ++k)
+    if (from == k * by) return true;
+  return false;
+}
+
+std::string strides_of(const Tensor& t) {
+  std::string text;
+  for (int64_t n = 0; n < t.dim(); ++n) text += (n ? ", " : "") + std::to_string(t.stride(n));
+  return "(" + text + ")";
+}
+
 }  // namespace
 
 std::string shape_of(const Tensor& t) {
@@ -277,11 +303,29 @@ Sequences sequences(const char* op, int64_t batch, int64_t time, const OptionalT
   return {static_cast<int64_t>(storage.size()) - 1, time, storage.data()};
 }
 
-void check_states(const char* op, int64_t rows, const Tensor& h, const OptionalTensor& slots) {
+void check_written(const char* op, const Tensor& h, const OptionalTensor& slots, int spare,
+                   std::initializer_list<Argument> alike, std::initializer_list<Argument> others) {
   for (int64_t n = 0; n < h.dim(); ++n)
     if (h.size(n) > 1 && h.stride(n) == 0 && h.numel() > 0)
       fail(op, "h is written in place and must not be expanded, got stride 0 in dimension " +
                    std::to_string(n));
+  const Footprint written = footprint(h);
+  if (overlaps_itself(written))
+    fail(op, "h is written in place and must not overlap itself in memory, got shape " +
+                 shape_of(h) + " with strides " + strides_of(h));
+  const auto clashes = [&](const Argument& a) {
+    return a.tensor && overlap(written, footprint(*a.tensor));
+  };
+  const auto refuse = [&](const Argument& a) {
+    fail(op, "h is written in place and must not overlap " + std::string(a.name) + " in memory");
+  };
+  for (const Argument& a : alike)
+    if (clashes(a) && (slots || !lines_up(h, *a.tensor, spare))) refuse(a);
+  for (const Argument& a : others)
+    if (clashes(a)) refuse(a);
+}
+
+void check_states(const char* op, int64_t rows, const Tensor& h, const OptionalTensor& slots) {
   if (!slots && rows != h.size(0))
     fail(op, "h must have as many states as there are rows, " + std::to_string(rows) +
                  ", or slots must be given, got " + std::to_string(h.size(0)));

@@ -48,8 +48,15 @@ const char* requirements(const std::string& op);
 Sequences sequences(const char* op, int64_t batch, int64_t time, const OptionalTensor& cu_seqlens,
                     std::vector<int64_t>& storage);
 
-// Refuses a state h that is expanded and has elements, since they are written in place, and without
-// slots one that has other than `rows` states.
+// Refuses a state h, which is written in place, that has an element twice in memory or one in
+// common with an input. Only `alike`, of whose inputs each element is read with the state of its
+// row and channel alone and before that is written, may without slots be h itself, or some of it
+// along `spare`, the dimension of h that is neither rows nor channels, -1 for none. What strides
+// leave open in reasonable time is allowed.
+void check_written(const char* op, const Tensor& h, const OptionalTensor& slots, int spare,
+                   std::initializer_list<Argument> alike, std::initializer_list<Argument> others);
+
+// Refuses a state h that without slots has other than `rows` states.
 void check_states(const char* op, int64_t rows, const Tensor& h, const OptionalTensor& slots);
 // The state in h of each of `rows` rows as int64, below their number and none twice, negative to
 // skip; null where there are no slots. Checks the states too. The vector keeps them.

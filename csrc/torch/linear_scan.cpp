@@ -41,6 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward_cpu(Tensor a, Tensor h, 
 Tensor linear_scan_step_cpu(Tensor h, Tensor a, Tensor b, bool log_a, OptionalTensor slots) {
   constexpr const char* op = "linear_scan_step";
   check(op, {{"h", h}, {"a", a}, {"b", b}, {"slots", slots}});
+  check_written(op, h, slots, -1, {{"a", a}, {"b", b}}, {});
   std::vector<int64_t> storage;
   const int64_t* indices = slot_indices(op, b.size(0), h, slots, storage);
   LinearScanStepCall call(h, a, b, log_a);

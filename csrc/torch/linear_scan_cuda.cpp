@@ -58,6 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_scan_backward_cuda(Tensor a, Tensor h,
 Tensor linear_scan_step_cuda(Tensor h, Tensor a, Tensor b, bool log_a, OptionalTensor slots) {
   constexpr const char* op = "linear_scan_step";
   check(op, {{"h", h}, {"a", a}, {"b", b}, {"slots", slots}});
+  check_written(op, h, slots, -1, {{"a", a}, {"b", b}}, {});
   check_states(op, b.size(0), h, slots);
   const LinearScanStepCall call(h, a, b, log_a);
   cuda::linear_scan_step(call.args, indices(op, "slots", slots), stream_of(b));

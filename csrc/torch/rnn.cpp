@@ -178,6 +178,7 @@ Tensor rnn_step_cpu(Tensor h, Tensor x, Tensor params, std::string cell_name,
   check(op, {{"h", h}, {"x", x}, {"params", params}, {"slots", slots}});
   const Cell cell = find_cell(op, cell_name);
   check_cell(op, cell.info, x, params, "h", h);
+  check_written(op, h, slots, 1, {{"x", x}}, {{"params", params}});
   std::vector<int64_t> storage;
   const int64_t* const slot_of_row = slot_indices(op, x.size(0), h, slots, storage);
   RnnStepCall call(cell, h, x, params);

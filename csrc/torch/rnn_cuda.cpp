@@ -156,6 +156,7 @@ Tensor rnn_step_cuda(Tensor h, Tensor x, Tensor params, std::string cell_name,
   check(op, {{"h", h}, {"x", x}, {"params", params}, {"slots", slots}});
   const Cell cell = find_cell(op, cell_name);
   check_cell(op, cell.info, x, params, "h", h);
+  check_written(op, h, slots, 1, {{"x", x}}, {{"params", params}});
   check_states(op, x.size(0), h, slots);
   const RnnStepCall call(cell, h, x, params);
   cuda::rnn(call.args, {}, indices(op, "slots", slots), {}, stream_of(x));

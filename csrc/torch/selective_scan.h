@@ -80,6 +80,13 @@ inline void check_step(const char* op, const Inputs& in, const Tensor& h,
              {"delta_bias", in.delta_bias},
              {"slots", slots}});
   check_rest(op, in, &h, "h");
+  check_written(op, h, slots, 2, {{"u", in.u}, {"delta", in.delta}},
+                {{"A", in.A},
+                 {"B", in.B},
+                 {"C", in.C},
+                 {"D", in.D},
+                 {"z", in.z},
+                 {"delta_bias", in.delta_bias}});
 }
 
 inline DType lane_state_dtype(const Inputs& in) {

@@ -99,6 +99,7 @@ inline void check_step(const Tensor& h, const Tensor& s, const Tensor& v, Option
                        Optional bonus, Optional slots) {
   check(kStep,
         {{"h", h}, {"s", s}, {"v", v}, {"decay", decay}, {"bonus", bonus}, {"slots", slots}});
+  check_written(kStep, h, slots, 1, {{"s", s}, {"v", v}}, {{"decay", decay}, {"bonus", bonus}});
 }
 
 // A step, all of it but its slots; o, which it returns, is in args.

@@ -57,7 +57,8 @@ def block_scan_step(h: Tensor, A: Tensor, b: Tensor, *, slots: Tensor | None = N
 
     Args:
         h: states, (B, N, k), or (slots, N, k) with ``slots``; updated in place. float32 for 16-bit
-            ``b``, otherwise the dtype of ``b``.
+            ``b``, otherwise the dtype of ``b``. No element may lie twice in memory or in an input,
+            but for a ``b`` that is ``h`` itself where there are no slots.
         A: matrices, (B, N, k, k), B and N may be 1.
         b: input, (B, N, k) with k from 1 to 16.
         slots: (B,) int32 or int64, which state each row uses, none twice; a row whose index is

@@ -66,7 +66,8 @@ def causal_conv1d_step(
 
     Args:
         h: the last L >= W - 1 inputs, oldest first, (B, L, D), or (slots, L, D) with ``slots``; any
-            strides. float32 for 16-bit ``x``, otherwise its dtype.
+            strides. float32 for 16-bit ``x``, otherwise its dtype. No element may lie twice in
+            memory or in an input, but for an ``x`` that is part of ``h`` where there are no slots.
         x: input, (B, D).
         weight: (D, W), as in :func:`causal_conv1d`.
         bias: (D,); zeros when None.

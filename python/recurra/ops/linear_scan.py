@@ -58,8 +58,9 @@ def linear_scan_step(
     r"""One step of :func:`linear_scan`, :math:`h \leftarrow a \odot h + b`, in place.
 
     Args:
-        h: states, (B, D), or (slots, D) with ``slots``; updated in place. float32 for 16-bit
-            ``b``, otherwise the dtype of ``b``.
+        h: states, (B, D), or (slots, D) with ``slots``; updated in place. float32 for 16-bit ``b``,
+            otherwise the dtype of ``b``. No element may lie twice in memory or in an input, but for
+            ``a`` and ``b`` that are ``h`` itself where there are no slots.
         a: gate, (B, D) or with dimensions of 1.
         b: input, (B, D).
         log_a: ``a`` is the logarithm of the gate.

@@ -140,7 +140,8 @@ def rnn_step(
 
     Args:
         h: states, (B, K, N), or (slots, K, N) with ``slots``; updated in place. float32 for 16-bit
-            ``x``, otherwise the dtype of ``x``.
+            ``x``, otherwise the dtype of ``x``. No element may lie twice in memory or in an input,
+            but for an ``x`` that is part of ``h`` where there are no slots.
         x: (B, G, N).
         params: (P, N).
         cell: name of the cell.

@@ -107,7 +107,8 @@ def selective_scan_step(
 
     Args:
         h: states, (B, D, N), or (slots, D, N) with ``slots``; updated in place. The dtype of a
-            state of :func:`selective_scan`.
+            state of :func:`selective_scan`. No element may lie twice in memory or in an input, but
+            for ``u`` and ``delta`` that are parts of ``h`` where there are no slots.
         u, delta, z: (B, D).
         A, D, delta_bias: as for :func:`selective_scan`.
         B, C: (B, N) or (B, G, N).

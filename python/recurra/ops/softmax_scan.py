@@ -73,7 +73,8 @@ def softmax_scan_step(
 
     Args:
         h: states, (B, 3, D), or (slots, 3, D) with ``slots``; updated in place. float32 for 16-bit
-            ``v``, otherwise the dtype of ``v``.
+            ``v``, otherwise the dtype of ``v``. No element may lie twice in memory or in an input,
+            but for ``s`` and ``v`` that are parts of ``h`` where there are no slots.
         s: scores, (B, D) or with dimensions of 1.
         v: values, (B, D).
         decay, bonus: as for :func:`softmax_scan`.
