@@ -196,6 +196,23 @@ def test_logits_are_those_of_transformers(sizes, tmp_path):
     assert recurra.LM.from_pretrained(tmp_path / "ours").config == lm.config
 
 
+def test_another_head_than_the_embedding_is_not_dropped(tmp_path):
+    peer = theirs()
+    config = tmp_path / "config.json"
+    for equal in (False, True):
+        if equal:
+            peer.head.weight.data.copy_(peer.rwkv.embeddings.weight)
+        peer.save_pretrained(tmp_path)
+        config.write_text(
+            json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True})
+        )
+        if not equal:
+            with pytest.raises(ValueError, match="that the head is the embedding, and the weights"):
+                recurra.LM.from_pretrained(tmp_path)
+    lm = recurra.LM.from_pretrained(tmp_path)
+    assert torch.equal(lm.lm_head.weight, peer.head.weight)
+
+
 @pytest.mark.parametrize("name", ["plain", "rescaled"])
 def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     peer = theirs(**SIZES[name])

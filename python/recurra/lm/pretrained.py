@@ -144,11 +144,15 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> LM:
         with _files.open_tensors(path) as file:
             for name in file.keys():  # noqa: SIM118  (not a dict)
                 ours = form.our_name(name)
-                if config.tie_embeddings and ours == "lm_head.weight":
-                    continue
                 # A copy: what is mapped changes when the file does.
                 tensor = file.get_tensor(name)
                 tensors[ours] = tensor.to(dtype or tensor.dtype, copy=True)
+    head = tensors.pop("lm_head.weight", None) if config.tie_embeddings else None
+    if head is not None and not torch.equal(head, tensors["embeddings.weight"]):
+        raise CheckpointError(
+            f"{folder}: config.json says that the head is the embedding, and the weights have "
+            "another head"
+        )
     model.load_state_dict(tensors, strict=False, assign=True)
     if config.tie_embeddings:
         model.lm_head.weight = model.embeddings.weight
