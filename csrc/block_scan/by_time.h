@@ -39,7 +39,8 @@ RECURRA_INLINE Plane along(const V& v, const Unit& u, int64_t offset, int64_t ap
   return {v.data + (u.first * v.stride_n + offset) * item_size(v.dtype), v.dtype, apart,
           v.stride_n};
 }
-// f(plane, rows, i) for planes that together are the steps of a unit, each from number i on.
+// f(plane, rows, first, apart) for planes that together are the steps of a unit: the rows of one
+// are the numbers first, first + apart, ... of those steps.
 template <class F>
 RECURRA_INLINE void for_planes(const Vectors& v, const Unit& u, int64_t steps, int64_t k, F f) {
   if (v.stride_t == k && v.stride_e == 1) return f(along(v, u, 0, 1), steps * k, 0, 1);

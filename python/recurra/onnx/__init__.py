@@ -27,7 +27,7 @@ except ImportError as error:
     ) from error
 
 from recurra.lm import LM
-from recurra.onnx._check import check_versions, fail, find_op, read_node, signature
+from recurra.onnx._check import check_versions, fail, find_op, output_count, read_node, signature
 from recurra.onnx._functions import BODIES, DOMAIN, VERSION, make_function, node_name
 
 __all__ = ["DOMAIN", "VERSION", "define", "expand", "export", "export_lm", "translation_table"]
@@ -54,7 +54,7 @@ def _translate(op: str) -> Callable:
             node_name(op),
             values,
             ir.convenience.convert_attributes({n: x for n, x in chosen.items() if x is not None}),
-            num_outputs=len(schema.returns),
+            num_outputs=output_count(op),
             version=VERSION,
         )
         onnxscript.evaluator.default().nodes.append(node)
@@ -100,7 +100,7 @@ def define(model: ir.Model) -> None:
 def _return_all(model: ir.Model, op: str, node: ir.Node) -> None:
     """Adds the outputs that a node leaves out: runtimes and inlining pair them with those of the
     function by position, and some stop at one that is missing."""
-    count = len(getattr(torch.ops.recurra, op).default._schema.returns)
+    count = output_count(op)
     if len(node.outputs) == count and all(x.name for x in node.outputs):
         return
     node.resize_outputs(count)

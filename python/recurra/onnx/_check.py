@@ -50,6 +50,11 @@ def signature(op: str) -> tuple[list[str], dict[str, Any]]:
     return [name for name in inputs if name != "cu_seqlens"], attributes
 
 
+def output_count(op: str) -> int:
+    """How many outputs a node of the domain has."""
+    return len(getattr(torch.ops.recurra, op).default._schema.returns)
+
+
 def check_versions(model: ir.Model) -> None:
     """Refuses a model whose operators the functions do not go with."""
     if not isinstance(model, ir.Model):
@@ -76,7 +81,7 @@ def read_node(op: str, node: ir.Node) -> tuple[dict[str, Input], dict[str, Any]]
         ValueError: an input or attribute is missing, unknown or not of its kind, or has no type; an
             output is unknown.
     """
-    outputs = len(getattr(torch.ops.recurra, op).default._schema.returns)
+    outputs = output_count(op)
     if len(node.outputs) > outputs:
         fail(f"{node_name(op)} has at most {outputs} outputs, got {len(node.outputs)}")
     return _inputs(op, node), _attributes(op, node)
