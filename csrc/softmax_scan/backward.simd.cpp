@@ -52,12 +52,15 @@ struct Span {
   }
 };
 
+// `later` is read when the chunk is walked backwards.
 template <DType S, class T>
-RECURRA_INLINE void recompute(const char* s, const char* v, int64_t channels, const Row<T>& decay,
-                              const StateRows<T>& before, T (&held)[kHeld][Held<T>::kStride]) {
+RECURRA_INLINE void recompute(const char* s, const char* v, const char* later, int64_t channels,
+                              const Row<T>& decay, const StateRows<T>& before,
+                              T (&held)[kHeld][Held<T>::kStride]) {
   constexpr int64_t item = item_size(S);
 #pragma GCC unroll 2
   for (int64_t c = 0; c < channels; c += kLanes) {
+    prefetch<2>(later + c * item);
     const State<Vec<T>> state = before.at(c);
     const Vec<T> score = load_stored<T, S>(s + c * item), value = load_stored<T, S>(v + c * item),
                  x = state.m - Vec<T>::load(decay.x + c), small = exp_minus_abs(x - score);
@@ -70,11 +73,12 @@ RECURRA_INLINE void recompute(const char* s, const char* v, int64_t channels, co
   }
 }
 
-// What a step against time reads and writes.
+// What a step against time reads and writes, and what the chunk that comes next reads.
 struct StepRows {
   const char *s, *v, *d_o;
   char *ds, *dv;
   bool past;
+  const char *next_s, *next_v;
 };
 
 // Sixteen channels of it. Unless `exact`, nothing is done where the weights of an output need an
@@ -85,6 +89,8 @@ RECURRA_INLINE bool reverse_lanes(const StepRows& rows, int64_t c, bool has_exce
                                   const T (&held)[kHeld][Held<T>::kStride], Span<T>& span) {
   constexpr int64_t item = item_size(S);
   const Vec<T> zero(T(0));
+  prefetch<2>(rows.next_s + c * item);
+  prefetch<2>(rows.next_v + c * item);
   const Vec<T> value = load_stored<T, S>(rows.v + c * item), small = Vec<T>::load(held[3] + c);
   const Vec<T> cotangent = rows.d_o ? load_stored<T, S>(rows.d_o + c * item) : zero;
   const State<Vec<T>> state = before.at(c);
@@ -220,26 +226,24 @@ void run(const SoftmaxScanBackward& args) {
         const auto before = [&](int64_t t) {
           return t > 0 ? StateRows<T>{held.x[t - 1][0], Held<T>::kStride} : saved;
         };
+        const int64_t back = in_place && k > 0 ? kSoftmaxChunk : 0;
         for_storage<T>(in_place ? to_v.dtype : kDType<T>, [&](auto dtype) RECURRA_LAMBDA {
           constexpr DType S = DType(dtype.value);
           for (int64_t t = 0; t < steps; ++t)
-            recompute<S>(s.row(t), v.row(t), nc, span.p.decay, before(t), held.x[t]);
+            recompute<S>(s.row(t), v.row(t), (d_o.data ? d_o : v).row(t), nc, span.p.decay,
+                         before(t), held.x[t]);
           if (k == chunks - 1) exchange(before(steps), true);
           const bool has_excess = span.any_excess(nc);
           for (int64_t t = steps - 1; t >= 0; --t) {
-            // The chunk that comes next, a part of it with every step of this one.
-            const int64_t done = steps - 1 - t, from = done * kSoftmaxChunk / steps,
-                          end = (done + 1) * kSoftmaxChunk / steps;
-            for (const Plane* p : {&s_plane, &v_plane, &o_plane})
-              if (k == 0 || !*p)
-                continue;
-              else if (p->stride_c == 1)
-                for (int64_t i = from; i < end; ++i) prefetch_row(*p, t0 - kSoftmaxChunk + i, nc);
-              else
-                prefetch_tile(p->at(t0 - kSoftmaxChunk, from * nc / kSoftmaxChunk), kSoftmaxChunk,
-                              end * nc / kSoftmaxChunk - from * nc / kSoftmaxChunk);
-            const StepRows rows{s.row(t),  v.row(t),  d_o.data ? d_o.row(t) : nullptr,
-                                ds.row(t), dv.row(t), past};
+            // Of the tiles that come next, a part with every step of these.
+            const int64_t done = steps - 1 - t, from = done * nc / steps,
+                          end = (done + 1) * nc / steps;
+            if (!in_place && k > 0)
+              for (const Plane* p : {&s_plane, &v_plane, &o_plane})
+                if (*p) prefetch_tile(p->at(t0 - kSoftmaxChunk, from), kSoftmaxChunk, end - from);
+            const StepRows rows{s.row(t),        v.row(t),       d_o.data ? d_o.row(t) : nullptr,
+                                ds.row(t),       dv.row(t),      past,
+                                s.row(t - back), v.row(t - back)};
             args.bonus ? reverse<true, S>(rows, nc, has_excess, before(t), held.x[t], span)
                        : reverse<false, S>(rows, nc, has_excess, before(t), held.x[t], span);
           }

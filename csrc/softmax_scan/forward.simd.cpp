@@ -8,13 +8,23 @@ namespace {
 
 using namespace softmax;
 
-// One step of sixteen channels of a span, whose numbers are stored as S. Unless `exact`, nothing is
-// done where the weights of an output need an exponential of their own.
+// What a step reads and writes, and what a later one reads.
+struct StepRows {
+  const char *s, *v;
+  char* o;
+  bool past;
+  const char *later_s, *later_v;
+};
+
+// Sixteen channels of it, whose numbers are stored as S. Unless `exact`, nothing is done where the
+// weights of an output need an exponential of their own.
 template <bool Bonus, bool exact, DType S, class T>
-RECURRA_INLINE bool step(const char* s, const char* v, char* o, int64_t c, bool past,
-                         const Parameters<T>& p, States<T>& h) {
+RECURRA_INLINE bool step(const StepRows& rows, int64_t c, const Parameters<T>& p, States<T>& h) {
   constexpr int64_t item = item_size(S);
-  const Vec<T> score = load_stored<T, S>(s + c * item), value = load_stored<T, S>(v + c * item);
+  prefetch<2>(rows.later_s + c * item);
+  prefetch<2>(rows.later_v + c * item);
+  const Vec<T> score = load_stored<T, S>(rows.s + c * item),
+               value = load_stored<T, S>(rows.v + c * item);
   State<Vec<T>> state = h.at(c);
   const Vec<T> x = state.m - Vec<T>::load(p.decay.x + c);
   const Weights<Vec<T>> w = weights(x, score);
@@ -38,22 +48,22 @@ RECURRA_INLINE bool step(const char* s, const char* v, char* o, int64_t c, bool 
     num = state.a;
   }
   h.put(c, state);
-  store_stored<T, S>(o + c * item, select(den == Vec<T>(T(0)), T(0), num / den), past);
+  store_stored<T, S>(rows.o + c * item, select(den == Vec<T>(T(0)), T(0), num / den), rows.past);
   return true;
 }
 // Apart, and outside the inner loop below, so that this keeps nothing for it.
 template <DType S, class T>
-__attribute__((noinline)) void exact_step(const char* s, const char* v, char* o, int64_t c,
-                                          bool past, const Parameters<T>& p, States<T>& h) {
-  step<true, true, S>(s, v, o, c, past, p, h);
+__attribute__((noinline)) void exact_step(const StepRows& rows, int64_t c, const Parameters<T>& p,
+                                          States<T>& h) {
+  step<true, true, S>(rows, c, p, h);
 }
 template <bool Bonus, DType S, class T>
-RECURRA_INLINE void walk(const char* s, const char* v, char* o, int64_t channels, bool past,
-                         const Parameters<T>& p, States<T>& h) {
+RECURRA_INLINE void walk(const StepRows& rows, int64_t channels, const Parameters<T>& p,
+                         States<T>& h) {
   for (int64_t c = 0; c < channels; c += kLanes) {
     for (; c < channels && !(Bonus && p.exact[c / kLanes]); c += kLanes)
-      if (!step<Bonus, false, S>(s, v, o, c, past, p, h)) break;
-    if (Bonus && c < channels) exact_step<S>(s, v, o, c, past, p, h);
+      if (!step<Bonus, false, S>(rows, c, p, h)) break;
+    if (Bonus && c < channels) exact_step<S>(rows, c, p, h);
   }
 }
 
@@ -108,12 +118,10 @@ void run(const SoftmaxScan& args) {
       for_storage<T>(in_place ? out.dtype : kDType<T>, [&](auto dtype) RECURRA_LAMBDA {
         constexpr DType S = DType(dtype.value);
         for (int64_t t = 0; t < steps; ++t) {
-          if (in_place && t + kAhead < left) {
-            prefetch_row(s_plane, t0 + t + kAhead, nc);
-            prefetch_row(v_plane, t0 + t + kAhead, nc);
-          }
-          args.bonus ? walk<true, S>(s.row(t), v.row(t), o.row(t), nc, past, parameters, h)
-                     : walk<false, S>(s.row(t), v.row(t), o.row(t), nc, past, parameters, h);
+          const int64_t later = in_place && t + kAhead < left ? t + kAhead : t;
+          const StepRows rows{s.row(t), v.row(t), o.row(t), past, s.row(later), v.row(later)};
+          args.bonus ? walk<true, S>(rows, nc, parameters, h)
+                     : walk<false, S>(rows, nc, parameters, h);
         }
       });
       if (!in_place) store_tile<T>(out.at(t0, 0), steps, nc, o_rows.x, kRow<T>, stream);
