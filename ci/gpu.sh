@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What to run where there is an NVIDIA GPU, nvcc and a torch with CUDA: builds for that GPU with what
 # the machine has, without network or virtual environment, runs the op table on it, the bench, the
-# functions of csrc/math on every sixteenth float, and each kernel once or twice under
+# functions of csrc/math on every float, and each kernel once or twice under
 # compute-sanitizer. Nine minutes for all of it, or TIME seconds: what is late is cut short and what
 # was found until then kept. Tables and their JSON files go to build/gpu/results, or to the folder
 # named by OUT. It needs cmake, pytest and numpy.
@@ -71,8 +71,7 @@ if [ "$with_jax" = ON ]; then on_gpu+=(tests/test_jax.py); else say "no JAX with
 part 150 "tests" "$PYTHON" -m pytest -q "${on_gpu[@]}" -m gpu --junitxml="$OUT/tests.xml" "$@"
 part 120 "bench" bash -c '"$0" -m recurra bench --device cuda --json "$1/bench.json" \
   | tee "$1/bench.txt"; exit "${PIPESTATUS[0]}"' "$PYTHON" "$OUT"
-# ci/nightly.sh has every float, which is minutes of the CPU.
-part 60 "functions" bash -c 'ci/math_cuda.sh "$0" "$1" && "$1" --one-in 16' \
+part 90 "functions" bash -c 'ci/math_cuda.sh "$0" "$1" && "$1"' \
   "$arch" "$BUILD/test_math_cuda"
 if command -v compute-sanitizer > /dev/null; then
   # Blocks that torch keeps would hide what is read and written beside a tensor.
