@@ -93,6 +93,7 @@ def cases() -> list[Case]:
                 targets = (
                     Target(_TORCH, "recurra", 1 / 1.1, True),
                     Target(peers.JAX_LAX, "recurra", least, True),
+                    Target(peers.JAX_LAX_BATCH_FIRST, "recurra", least, True),
                     Target(peers.JAX_ASSOCIATIVE, "recurra", least, True),
                 )
                 name = f"{op}/{'x'.join(map(str, shape))}/{kind}"

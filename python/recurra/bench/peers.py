@@ -16,7 +16,8 @@ from torch import Tensor
 Calls = dict[str, Callable[[], object]]
 
 NUMBA = "numba prange"
-JAX_LAX = "jax lax.scan"
+JAX_LAX = "jax lax.scan"  # on arrays with time first, as it wants them
+JAX_LAX_BATCH_FIRST = "jax lax.scan, batch first"  # on the op's arrays, turned inside the call
 JAX_ASSOCIATIVE = "jax associative_scan"
 MAMBA = "mamba reference in torch"
 TORCH_CONV = "torch grouped conv1d"
@@ -158,6 +159,17 @@ def _combine(first, second):
     return first[0] * second[0], second[0] * first[1] + second[1]
 
 
+def _batch_first(scan):
+    """The scan, of arrays with time first, as a function of those of the op."""
+    import jax.numpy as jnp
+
+    def call(x):
+        turned = {k: jnp.swapaxes(v, 0, 1) if v.ndim == 3 else v for k, v in x.items()}
+        return jnp.swapaxes(scan(turned), 0, 1)
+
+    return call
+
+
 def _associative_linear_scan(x):
     import jax
 
@@ -194,7 +206,10 @@ def jax_scans(op: str, inputs: dict[str, Tensor], states: int, backward: bool):
         "selective_scan": (_jax_selective_scan, _associative_selective_scan),
     }[op]
     arrays = _jax_arrays(inputs, tuple(k for k, v in inputs.items() if v.dim() == 3))
-    calls: Calls = {JAX_LAX: _jax_call(one, arrays, backward)}
+    calls: Calls = {
+        JAX_LAX: _jax_call(one, arrays, backward),
+        JAX_LAX_BATCH_FIRST: in_jax(_batch_first(one), inputs, backward),
+    }
     absent: dict[str, str] = {}
     if states > _MOST_STATES:
         absent[JAX_ASSOCIATIVE] = f"holds {4e-9 * states:.1f} GB several times over"
