@@ -73,9 +73,10 @@ class HGRNBounds(nn.Module):
 
     def forward(self, index: int) -> Tensor:
         """The bound of a layer that is not the first: the sum of what the softmax over layers gives
-        those before it; (N,), above 0 and below 1, so that both have logarithms."""
+        it and those before it, but for the first; (N,), above 0 and below 1, so that both have
+        logarithms."""
         steps = self.Gamma.to(state_dtype(self.Gamma.dtype)).softmax(0)
-        return steps[:index].sum(0).clamp(1e-12, 1 - 1e-6)
+        return steps[1 : index + 1].sum(0).clamp(1e-12, 1 - 1e-6)
 
 
 class HGRN(ScanMixer):
