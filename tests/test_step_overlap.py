@@ -177,6 +177,30 @@ def test_an_overlapping_state_is_refused(op):
         op.step(h, **given)
 
 
+@every_op
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+def test_slots_may_follow_the_state_but_not_lie_on_it(op, index):
+    args = with_state(op, op.make(Draw(13), 3, 1, 20, torch.float32, False))
+    given, state = step_arguments(op, args, 0), args[op.state]
+    size, item = state.numel() * state.element_size(), index.itemsize
+    memory = torch.zeros(size + 4 * item, dtype=torch.uint8)
+    h = memory[:size].view(state.dtype).view(state.shape).copy_(state)
+    fresh = state.clone()
+    order = torch.tensor([2, 0, 1], dtype=index)
+    want = op.step(fresh, **given, slots=order)
+    slots = memory[size:].view(index)[:3].copy_(order)
+    assert same_bits(op.step(h, **given, slots=slots), want) and same_bits(h, fresh)
+    slots = memory[size - item :].view(index)[:3].copy_(order)
+    before = memory.clone()
+    with pytest.raises(RuntimeError, match="must not overlap slots in memory"):
+        op.step(h, **given, slots=slots)
+    with pytest.raises(ValueError, match="must not overlap slots in memory"):
+        there = replaced(given, lambda k, v: array_of(v))
+        step = getattr(pytest.importorskip("recurra.numpy"), op.name + "_step")
+        step(array_of(h), **there, slots=array_of(slots))
+    assert same_bits(memory, before), "a refused call must change nothing"
+
+
 def test_arrays_that_run_backwards():
     rnp = pytest.importorskip("recurra.numpy")
     memory = np.linspace(0, 1, 80, dtype=np.float32)

@@ -319,6 +319,7 @@ void check_written(const char* op, const Tensor& h, const OptionalTensor& slots,
   const auto refuse = [&](const Argument& a) {
     fail(op, "h is written in place and must not overlap " + std::string(a.name) + " in memory");
   };
+  if (const Argument a{"slots", slots}; clashes(a)) refuse(a);
   for (const Argument& a : alike)
     if (clashes(a) && (slots || !lines_up(h, *a.tensor, spare))) refuse(a);
   for (const Argument& a : others)

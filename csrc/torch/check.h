@@ -49,10 +49,10 @@ Sequences sequences(const char* op, int64_t batch, int64_t time, const OptionalT
                     std::vector<int64_t>& storage);
 
 // Refuses a state h, which is written in place, that has an element twice in memory or one in
-// common with an input. Only `alike`, of whose inputs each element is read with the state of its
-// row and channel alone and before that is written, may without slots be h itself, or some of it
-// along `spare`, the dimension of h that is neither rows nor channels, -1 for none. What strides
-// leave open in reasonable time is allowed.
+// common with slots or an input. Only `alike`, of whose inputs each element is read with the state
+// of its row and channel alone and before that is written, may without slots be h itself, or some
+// of it along `spare`, the dimension of h that is neither rows nor channels, -1 for none. What
+// strides leave open in reasonable time is allowed.
 void check_written(const char* op, const Tensor& h, const OptionalTensor& slots, int spare,
                    std::initializer_list<Argument> alike, std::initializer_list<Argument> others);
 
