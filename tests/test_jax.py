@@ -333,7 +333,7 @@ REFUSED = [
     (
         lambda: rj.rnn(X[None], X[0], cell="tanh", chunk=2**63),
         TypeError,
-        "rnn: chunk must be an integer of 64 bits, got 9223372036854775808",
+        "rnn: chunk must be an integer of 64 bits or None, got 9223372036854775808",
     ),
     (
         lambda: jax.vmap(rj.linear_scan)(jnp.ones((3, 2, 5, 7)), jnp.ones((3, 2, 5, 8))),
@@ -356,7 +356,12 @@ REFUSED = [
     (
         lambda: rj.rnn(X[None], X[0], cell="tanh", chunk=1.5),
         TypeError,
-        "chunk must be an integer, got 1.5",
+        "chunk must be an integer or None, got 1.5",
+    ),
+    (
+        lambda: rj.causal_conv1d(X, X[0], activation=3),
+        TypeError,
+        "causal_conv1d: activation must be a string or None, got 3",
     ),
     (
         lambda: lowered("tpu"),

@@ -205,8 +205,10 @@ def test_options_of_another_type(options, message):
         rnp.linear_scan(gate(1, 5, 4), gate(1, 5, 4), **options)
     with pytest.raises(TypeError, match="rnn: cell must be a string, got 3"):
         rnp.rnn(gate(1, 5, 3, 4), gate(3, 4), cell=3)
-    with pytest.raises(TypeError, match="rnn: chunk must be an integer, got 'all'"):
+    with pytest.raises(TypeError, match="rnn: chunk must be an integer or None, got 'all'"):
         rnp.rnn(gate(1, 5, 3, 4), gate(3, 4), cell="paragru", chunk="all")
+    with pytest.raises(TypeError, match="conv1d: activation must be a string or None, got 3"):
+        rnp.causal_conv1d(gate(1, 5, 4), gate(4, 3), activation=3)
 
 
 def test_read_only_arrays_are_inputs_but_not_states():
@@ -327,7 +329,9 @@ def test_backwards_arrays_lie_as_their_forward_twins(axis):
 
 @pytest.mark.parametrize("chunk", [2**63, -(2**80), np.uint64(2**63)])
 def test_integers_of_more_than_64_bits(chunk):
-    with pytest.raises(TypeError, match=f"rnn: chunk must be an integer of 64 bits, got {chunk}"):
+    with pytest.raises(
+        TypeError, match=f"rnn: chunk must be an integer of 64 bits or None, got {chunk}"
+    ):
         rnp.rnn(gate(1, 5, 3, 4), gate(3, 4), cell="paragru", chunk=chunk)
     with pytest.raises(UnicodeEncodeError):
         rnp.rnn(gate(1, 5, 3, 4), gate(3, 4), cell="\ud800")

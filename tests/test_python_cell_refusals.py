@@ -187,8 +187,8 @@ def test_what_a_dense_cell_refuses():
 def test_declarations_that_make_no_sense():
     for changes, said in (
         ({"structure": "tridiagonal"}, 'structure must be one of "diagonal", "block", "dense"'),
-        ({"output": 1}, "output must be one of h0, got 1"),
-        ({"output": "c"}, "output must be one of h0, got 'c'"),
+        ({"output": 1}, "output must be one of h0, its number from 0 or None, got 1"),
+        ({"output": "c"}, "output must be one of h0, its number from 0 or None, got 'c'"),
         ({"states": 0}, "states must be at least one"),
         ({"inputs": (1, 2)}, "inputs must be names or their number"),
         ({"params": None}, 'params must be given for the structure "diagonal", got None'),

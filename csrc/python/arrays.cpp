@@ -21,8 +21,10 @@ std::string type_of(const py::handle& object) {
   return text_of(py::type::handle_of(object).attr("__name__"));
 }
 
-[[noreturn]] void wrong_type(const CallableOp& op, const Parameter& p, const std::string& wanted) {
-  throw py::type_error(op.name + ": " + p.name + " must be " + wanted);
+[[noreturn]] void wrong_type(const CallableOp& op, const Parameter& p, const std::string& wanted,
+                             const std::string& got) {
+  throw py::type_error(op.name + ": " + p.name + " must be " + wanted +
+                       (p.optional ? " or None" : "") + ", got " + got);
 }
 
 // The numbers of NumPy's types, which are part of its ABI.
@@ -64,9 +66,7 @@ py::object numpy_dtype(DType dtype) {
 
 Array array_of(const CallableOp& op, const Parameter& p, const py::handle& object) {
   if (!py::isinstance<py::array>(object))
-    wrong_type(op, p,
-               "a numpy.ndarray" + std::string(p.optional ? " or None" : "") + ", got " +
-                   type_of(object) + ": pass numpy.asarray(" + p.name + ")");
+    wrong_type(op, p, "a numpy.ndarray", type_of(object) + ": pass numpy.asarray(" + p.name + ")");
   const auto array = py::reinterpret_borrow<py::array>(object);
   const char* const name = op.name.c_str();
   const py::dtype given = array.dtype();
@@ -102,7 +102,7 @@ int64_t integer_of(const CallableOp& op, const Parameter& p, const py::handle& o
   if (!index) throw py::error_already_set();
   int overflow = 0;
   const int64_t value = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
-  if (overflow) wrong_type(op, p, "an integer of 64 bits, got " + text_of(index));
+  if (overflow) wrong_type(op, p, "an integer of 64 bits", text_of(index));
   return value;
 }
 
@@ -127,15 +127,15 @@ Value value_of(const CallableOp& op, const Parameter& p, const py::handle& objec
     case Kind::boolean:
       if (PyBool_Check(raw)) return raw == Py_True;
       if (type_of(object) == "bool" || type_of(object) == "bool_") return object.cast<bool>();
-      wrong_type(op, p, "True or False, got " + text_of(py::repr(object)));
+      wrong_type(op, p, "True or False", text_of(py::repr(object)));
     case Kind::integer:
-      if (!PyIndex_Check(raw)) wrong_type(op, p, "an integer, got " + text_of(py::repr(object)));
+      if (!PyIndex_Check(raw)) wrong_type(op, p, "an integer", text_of(py::repr(object)));
       return integer_of(op, p, object);
     case Kind::number:
-      if (!PyNumber_Check(raw)) wrong_type(op, p, "a number, got " + text_of(py::repr(object)));
+      if (!PyNumber_Check(raw)) wrong_type(op, p, "a number", text_of(py::repr(object)));
       return number_of(object);
     case Kind::text:
-      if (!PyUnicode_Check(raw)) wrong_type(op, p, "a string, got " + text_of(py::repr(object)));
+      if (!PyUnicode_Check(raw)) wrong_type(op, p, "a string", text_of(py::repr(object)));
       return string_of(object);
   }
   return {};

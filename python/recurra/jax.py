@@ -401,13 +401,17 @@ def check_status(device: jax.Device | str | None = None) -> None:
         raise RuntimeError("recurra: " + "; ".join(_status.sentences(text, device)))
 
 
+def _or_none(op: str, name: str) -> str:
+    return " or None" if name in _schema(op).optional else ""
+
+
 def _array(op: str, name: str, x):
     if not isinstance(x, (jax.Array, np.ndarray)):
         fail_as(
             TypeError,
             op,
-            f"{name} must be a jax.Array{' or None' if name in _schema(op).optional else ''}, "
-            f"got {type(x).__name__}: pass jax.numpy.asarray({name})",
+            f"{name} must be a jax.Array{_or_none(op, name)}, got {type(x).__name__}: pass "
+            f"jax.numpy.asarray({name})",
         )
     if isinstance(x, np.ndarray) and not x.dtype.isnative:
         fail_as(
@@ -435,14 +439,14 @@ def _option(op: str, name: str, value):
         ((str,), str, "a string"),
     ):
         if _kind(op, name) is kind:
-            if isinstance(value, kinds):
-                if kind is int and not -(2**63) <= value < 2**63:
-                    fail_as(TypeError, op, f"{name} must be an integer of 64 bits, got {value}")
-                return kind(value)
             got = repr(value)
-            if isinstance(value, jax.core.Tracer):
+            if isinstance(value, kinds):
+                if kind is not int or -(2**63) <= value < 2**63:
+                    return kind(value)
+                what = "an integer of 64 bits"
+            elif isinstance(value, jax.core.Tracer):
                 got = "a traced value, which is not known when the call is compiled"
-            fail_as(TypeError, op, f"{name} must be {what}, got {got}")
+            fail_as(TypeError, op, f"{name} must be {what}{_or_none(op, name)}, got {got}")
     raise AssertionError(f"{op} has an option {name} of another kind")
 
 

@@ -93,7 +93,10 @@ class Cell:
         if isinstance(index, str) and index in names:
             index = names.index(index)
         if index not in range(len(names)):
-            raise ValueError(f"Cell: output must be one of {', '.join(names)}, got {output!r}")
+            raise ValueError(
+                f"Cell: output must be one of {', '.join(names)}, its number from 0 or None, "
+                f"got {output!r}"
+            )
         self.step = step
         self.structure = structure
         self.info = CellInfo(

@@ -110,7 +110,7 @@ class LMConfig:
             )
         if self.ffn is not None and type(self.ffn) not in FFNS:
             raise ValueError(
-                f"LMConfig: ffn must be one of {', '.join(f.__name__ for f in FFNS)}, "
+                f"LMConfig: ffn must be None or one of {', '.join(f.__name__ for f in FFNS)}, "
                 f"got {shown(self.ffn)}"
             )
         self._check_mixers()

@@ -152,6 +152,7 @@ def _check_choice(here: str, name: str, value: Any) -> None:
         "on_fail": ("sequential", "warn", "raise"),
     }.get(name)
     if known and value not in known:
-        fail(f'{name} of {here} must be one of {", ".join(known)}, got "{value}"')
+        or_none = " or be left out" if name == "activation" else ""
+        fail(f'{name} of {here} must be one of {", ".join(known)}{or_none}, got "{value}"')
     if name in ("chunk", "max_passes") and value < 1:
         fail(f"{name} of {here} must be at least 1, got {value}")
