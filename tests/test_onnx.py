@@ -16,7 +16,7 @@ from mixers import states
 from opdb import CELLS, OPS
 from recurra.lm import CONFIGS
 from recurra.nn import AttentionConfig, RGLRUConfig
-from support import ROOT, describe
+from support import ROOT, Draw, describe, step_arguments, with_state
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -277,7 +277,10 @@ def test_what_a_model_must_say():
 REFUSED = {  # op: attributes that it runs with, and what is changed of them with what is said
     "causal_conv1d": (
         {},
-        ({"activation": "gelu"}, 'activation of causal_conv1d must be one of silu, got "gelu"'),
+        (
+            {"activation": "gelu"},
+            'activation of causal_conv1d must be one of silu or be left out, got "gelu"',
+        ),
         ({"activation": 1}, "the attribute activation of causal_conv1d must be a string, got 1"),
     ),
     "linear_scan": (
@@ -431,6 +434,22 @@ def test_packed_sequences_have_no_form():
     a, b = torch.rand(2, 1, 5, 3)
     with pytest.raises(ValueError, match="^recurra.onnx: cu_seqlens of linear_scan has no form in"):
         recurra.onnx.export(Packed().eval(), (a, b, torch.tensor([0, 2, 5])), verbose=False)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_steps_in_place_have_no_form(op):
+    args = with_state(op, op.make(Draw(3), 2, 1, 4, torch.float32, False))
+    given = step_arguments(op, args, 0)
+    names = [name for name, x in given.items() if isinstance(x, Tensor)]
+
+    class Step(torch.nn.Module):
+        def forward(self, h, *tensors):
+            return op.step(h, **(given | dict(zip(names, tensors, strict=True)))) * 2, h
+
+    said = f"{op.name}_step writes its state in place, .*; call {op.name} with T = 1, which takes"
+    with pytest.raises(ValueError, match=f"^recurra.onnx: {said}"):
+        inputs = args[op.state], *(given[name] for name in names)
+        recurra.onnx.export(Step().eval(), inputs, verbose=False)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -174,6 +175,12 @@ def _own_words() -> Iterator[None]:
             text = str(cause)
             if isinstance(cause, ValueError) and text.startswith("recurra.onnx: "):
                 raise ValueError(text) from None
+            if step := re.search(r"auto_functionalized.*\(recurra\.(\w+)_step\.default", text):
+                raise ValueError(
+                    f"recurra.onnx: {step[1]}_step writes its state in place, which has no form in "
+                    f"ONNX; call {step[1]} with T = 1, which takes the state as h0 and returns it "
+                    "as h_last"
+                ) from None
             if "complex-valued input" in text:
                 raise ValueError(
                     "recurra.onnx: torch's exporter has no complex numbers, with which this model "
@@ -216,7 +223,7 @@ def export(
 
     Raises:
         ValueError: an op is called in a way that ONNX has no form for: with ``cu_seqlens``, with
-            complex numbers, or with a dynamic dimension that must be fixed.
+            complex numbers, as a step in place, or with a dynamic dimension that must be fixed.
         torch.onnx.OnnxExporterError: torch cannot export the rest of the model.
     """
     optimize = options.pop("optimize", True)
