@@ -14,7 +14,7 @@
 #endif
 
 #ifndef RECURRA_ISA
-#error "RECURRA_ISA names the namespace: scalar, avx2, avx512 or cuda"
+#error "RECURRA_ISA must name the namespace of these headers, as -DRECURRA_ISA=mine: docs/cpp.md"
 #endif
 
 namespace recurra::RECURRA_ISA {
