@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import recurra
 from opdb import VARIANTS
 from support import (
     DTYPES,
@@ -122,3 +123,44 @@ def test_step_layouts_equal_contiguous(op):
             state = strided.clone(memory_format=torch.contiguous_format)
             got, want = op.step(strided, **given), op.step(state, **plain)
             assert same_bits(got, want) and same_bits(strided, state), f"{layout} {describe(args)}"
+
+
+def _compiles(op, backend: str) -> None:
+    for seed in range(4):  # some of them complex
+        draw = Draw(seed)
+        args = with_state(op, op.make(draw, 3, 1, 20, torch.float32, False))
+        state, given = args[op.state], step_arguments(op, args, 0)
+        torch.compiler.reset()
+        compiled = torch.compile(op.step, backend=backend, fullgraph=True)
+        for slots in (None, torch.tensor([4, -1, 2])):
+            h = state if slots is None else draw.normal(5, *state.shape[1:], dtype=state.dtype)
+            h, want = h.clone(), h.clone()
+            y = compiled(h, **given, slots=slots)
+            assert same_bits(y, op.step(want, **given, slots=slots)), describe(args)
+            assert same_bits(h, want), describe(args)
+
+
+@every_op
+def test_steps_compile(op):
+    _compiles(op, "aot_eager")
+
+
+@every_op
+@pytest.mark.slow
+def test_inductor_compiles_steps(op):
+    _compiles(op, "inductor")
+
+
+@pytest.mark.parametrize("slots", [None, [4, -1, 2]], ids=["rows", "slots"])
+def test_the_functional_step_of_complex_states(slots):
+    draw, states = Draw(0), 3 if slots is None else 5
+    h, a, b = (draw.normal(n, 20, dtype=torch.complex64) for n in (states, 3, 3))
+    slots = None if slots is None else torch.tensor(slots)
+    functional = torch.ops.recurra._linear_scan_step_functional.default
+    before, want = h.clone(), h.clone()
+    y = recurra.linear_scan_step(want, a, b, slots=slots)
+    new, got = functional(h, a, b, slots=slots)
+    assert same_bits(got, y) and same_bits(new, want) and same_bits(h, before)
+    torch.library.opcheck(functional, (h, a, b), {"slots": slots})
+    with pytest.raises(RuntimeError, match="linear_scan_step has no gradient; use linear_scan ov"):
+        functional(h, a, b.requires_grad_(), slots=slots)

@@ -14,7 +14,8 @@ from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("recurra", "FRAGMENT")
 
-_CASTABLE = {torch.float32, torch.bfloat16, torch.float16}
+# What autocast casts.
+CASTABLE = {torch.float32, torch.bfloat16, torch.float16}
 
 _NO_FUNCTORCH = (
     "recurra: derivatives of {} under torch.func are not implemented; use torch.autograd"
@@ -150,7 +151,7 @@ def autocast(name: str, activations: Sequence[int]) -> None:
                     for i in activations
                     if i < len(args) and isinstance(args[i], Tensor) and not args[i].is_complex()
                 }
-                if len(given) > 1 and given <= _CASTABLE:
+                if len(given) > 1 and given <= CASTABLE:
                     target = torch.get_autocast_dtype(device_type)
                     args = [
                         _lower(arg, target) if i in activations else arg
@@ -165,7 +166,7 @@ def autocast(name: str, activations: Sequence[int]) -> None:
 
 
 def _lower(argument, target: torch.dtype):
-    if isinstance(argument, Tensor) and argument.dtype in _CASTABLE:
+    if isinstance(argument, Tensor) and argument.dtype in CASTABLE:
         return argument.to(target)
     return argument
 
@@ -179,7 +180,7 @@ def no_grad(name: str, instead: str, state: str | None = None) -> None:
         state: the op's first argument where that is written in place.
     """
     op = getattr(torch.ops.recurra, name).default
-    public = name.removeprefix("_")
+    public = name.removeprefix("_").removesuffix("_functional")
 
     def kernel(keyset, *args, **kwargs):
         if differentiated(public, (*args, *kwargs.values())):
@@ -202,4 +203,41 @@ def no_grad(name: str, instead: str, state: str | None = None) -> None:
 def no_grad_step(name: str, whole: str) -> None:
     """Makes a step op, whose state is ``h``, refuse inputs that require a gradient, naming the op
     that has one."""
-    no_grad(name, f"{whole} over the whole sequence", state="h")
+    no_grad(name, _whole(whole), state="h")
+
+
+def _whole(name: str) -> str:
+    return f"{name} over the whole sequence"
+
+
+def functional_step(name: str, whole: str) -> Callable:
+    """The step op ``name``, whose complex state inductor can compile.
+
+    inductor's passes leave nodes of complex tensors out, and so never bring back an op that writes
+    one from the form in which it writes nothing. So that form is an op here, ``_NAME_functional``,
+    whose new state, returned before the output, is copied over the old.
+
+    Args:
+        name: the op, whose state is its first argument.
+        whole: the op that has a gradient.
+    """
+    op = getattr(torch.ops.recurra, name).default
+    arguments = str(op._schema).partition("(")[2].removesuffix("Tensor")
+    without = f"_{name}_functional"
+    LIBRARY.define(f"{without}({arguments.replace('Tensor(a!)', 'Tensor')}(Tensor, Tensor)")
+
+    def kernel(h: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        h = h.clone()
+        return h, op(h, *args, **kwargs)
+
+    LIBRARY.impl(without, kernel, "CompositeExplicitAutograd")
+    fake(without)(kernel)
+    no_grad(without, _whole(whole))
+    functional = getattr(torch.ops.recurra, without).default
+
+    def step(h: Tensor, *args, **kwargs) -> Tensor:
+        new, out = functional(h, *args, **kwargs)
+        h.copy_(new)
+        return out
+
+    return step

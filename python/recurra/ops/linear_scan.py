@@ -57,6 +57,9 @@ def linear_scan_step(
 ) -> Tensor:
     r"""One step of :func:`linear_scan`, :math:`h \leftarrow a \odot h + b`, in place.
 
+    In a graph of torch.compile a complex state is written by a copy of the new one: inductor
+    compiles no op that writes complex numbers, such as ``torch.ops.recurra.linear_scan_step``.
+
     Args:
         h: states, (B, D), or (slots, D) with ``slots``; updated in place. float32 for 16-bit ``b``,
             otherwise the dtype of ``b``. No element may lie twice in memory or in an input, but for
@@ -74,7 +77,8 @@ def linear_scan_step(
         RuntimeError: wrong shape, dtype or device, a slot out of range or repeated, or gradients
             are enabled and an input requires one.
     """
-    return _step_op(h, a, b, log_a=log_a, slots=slots)
+    step = _complex_step if h.is_complex() and torch.compiler.is_compiling() else _step_op
+    return step(h, a, b, log_a=log_a, slots=slots)
 
 
 @_register.fake("linear_scan")
@@ -159,3 +163,4 @@ _register.autograd("_linear_scan_backward", _setup_backward, _double_backward)
 _register.autocast("linear_scan", activations=(0, 1))
 _register.autocast("linear_scan_step", activations=(1, 2))
 _register.no_grad_step("linear_scan_step", "linear_scan")
+_complex_step = _register.functional_step("linear_scan_step", "linear_scan")

@@ -105,6 +105,9 @@ def selective_scan_step(
 ) -> Tensor:
     """One step of :func:`selective_scan`, updating the state in place.
 
+    In a graph of torch.compile a complex state is written by a copy of the new one: inductor
+    compiles no op that writes complex numbers, such as ``torch.ops.recurra.selective_scan_step``.
+
     Args:
         h: states, (B, D, N), or (slots, D, N) with ``slots``; updated in place. The dtype of a
             state of :func:`selective_scan`. No element may lie twice in memory or in an input, but
@@ -123,9 +126,8 @@ def selective_scan_step(
         RuntimeError: wrong shape, dtype or device, a slot out of range or repeated, or gradients
             are enabled and an input requires one.
     """
-    return _step_op(
-        h, u, delta, A, B, C, D, z, delta_bias, delta_softplus=delta_softplus, slots=slots
-    )
+    step = _complex_step if h.is_complex() and torch.compiler.is_compiling() else _step_op
+    return step(h, u, delta, A, B, C, D, z, delta_bias, delta_softplus=delta_softplus, slots=slots)
 
 
 def _check_rest(op: str, time_dims: int, A, B, C, state, state_name: str, channels: int) -> None:
@@ -311,3 +313,4 @@ _register.no_second_derivative("_selective_scan_backward", "selective_scan")
 _register.autocast("selective_scan", activations=(0, 1, 3, 4, 6))
 _register.autocast("selective_scan_step", activations=(1, 2, 4, 5, 7))
 _register.no_grad_step("selective_scan_step", "selective_scan")
+_complex_step = _register.functional_step("selective_scan_step", "selective_scan")
