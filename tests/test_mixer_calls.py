@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch._subclasses import FakeTensorMode
 
 import recurra
@@ -16,7 +17,10 @@ from recurra.lm import LMConfig
 from recurra.nn import (
     MIXERS,
     AttentionConfig,
+    HGRNConfig,
+    LRUConfig,
     MixerConfig,
+    QRNNConfig,
     RGLRUConfig,
     RNNConfig,
     RWKV4ChannelConfig,
@@ -33,6 +37,8 @@ FORMS: list[MixerConfig] = [
         if issubclass(config, S4DConfig)
         for view in ("recurrent", "convolution")
     ),
+    HGRNConfig(complex=True, eig_range=(-1, 1)),
+    QRNNConfig(window=4),
     RNNConfig("sru", d_conv=1),
     AttentionConfig(heads=2, kv_heads=2, window=3),
 ]
@@ -41,6 +47,20 @@ WIDTH = 16
 every_form = pytest.mark.parametrize(
     "config", FORMS, ids=lambda c: f"{c.kind} {getattr(c, 'view', '')}".strip()
 )
+
+
+def _mixer(config: MixerConfig, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    """One in which nothing is without effect: some parameters begin as zeros."""
+    torch.manual_seed(0)
+    mixer = config.make(WIDTH).to(dtype)
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return mixer
+
+
+def _randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64)
 
 
 def refused(sentence: str, call) -> None:
@@ -71,6 +91,46 @@ def test_wrong_ends_of_packed_sequences_are_refused(config):
 
 
 @every_form
+def test_inputs_that_do_not_fit_are_refused(config):
+    mixer = config.make(WIDTH)
+    name = type(mixer).__name__
+    state = mixer.initial_state(2)
+    before = [s.clone() for s in state]
+
+    def given(sentence: str, x: torch.Tensor, one: torch.Tensor) -> None:
+        refused(f"{name}: x must have {sentence.format('B, T', tuple(x.shape))}", lambda: mixer(x))
+        sentence = f"{name}: x must have {sentence.format('B', tuple(one.shape))}"
+        refused(sentence, lambda: mixer.step(one, state))
+        assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
+
+    for x in (torch.randn(2, 6, WIDTH - 1), torch.randn(2, 6, WIDTH + 1), torch.randn(2, 6, 1)):
+        given(f"shape ({{}}, {WIDTH}), got {{}}", x, x[:, 0])
+    x = torch.randn(2, 6, WIDTH)
+    given(f"shape ({{}}, {WIDTH}), got {{}}", x[0], x[:, :1])
+    given(f"shape ({{}}, {WIDTH}), got {{}}", x[None], x[0, 0])
+    for dtype in (torch.float64, torch.bfloat16, torch.int64):
+        bad = x.to(dtype)
+        given(f"dtype float32, got {str(dtype).removeprefix('torch.')}", bad, bad[:, 0])
+    with torch.autocast("cpu", torch.bfloat16):
+        given("dtype float32, got float64", x.double(), x[:, 0].double())
+
+
+@every_form
+def test_autocast_takes_what_it_casts(config):
+    mixer = _mixer(config, torch.float32)
+    x, state = torch.randn(2, 6, WIDTH).bfloat16().float(), mixer.initial_state(2)
+    want = mixer(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            y, after = mixer(x.to(dtype))
+            assert (y - want).norm() < 0.05 * want.norm()
+            assert [s.dtype for s in after] == [s.dtype for s in state]
+            stepped = mixer.initial_state(2)
+            y = torch.stack([mixer.step(one, stepped) for one in x.to(dtype).unbind(1)], 1)
+            assert (y - want).norm() < 0.05 * want.norm()
+
+
+@every_form
 def test_states_that_do_not_fit_are_refused(config):
     mixer = config.make(WIDTH)
     name = type(mixer).__name__
@@ -87,6 +147,9 @@ def test_states_that_do_not_fit_are_refused(config):
             refused(sentence, lambda state=state: mixer.step(x[:, 0], state))
     rows = f"{name}: {right._fields[0]} of the state must have shape (3, "
     refused(rows, lambda: mixer(x[:1], right, cu_seqlens=ends))
+    refused(
+        f"{name}: the state must be {type(right).__name__}, got Tensor", lambda: mixer(x, right[0])
+    )
     many = f"{name}: the state must have {len(right)} tensors, got {len(right) + 1}"
     refused(many, lambda: mixer(x, (*right, right[0])))
 
@@ -152,14 +215,75 @@ def test_steps_follow_their_parameters(config):
     check(mixer.float(), x.float(), rtol=1e-4, atol=1e-5)
 
 
+def _assert_same(got, want) -> None:
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
 @every_form
 def test_compiles_without_graph_breaks(config):
-    torch.manual_seed(0)
-    mixer = config.make(WIDTH).eval()
-    x, state = torch.randn(2, 5, WIDTH), mixer.initial_state(2)
+    mixer = _mixer(config)
+    x = _randn(2, 5, WIDTH)
+    state = mixer(x)[1]
     torch.compiler.reset()
     compiled = torch.compile(mixer, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, state)[0], mixer(x, state)[0], rtol=1e-5, atol=1e-6)
+    (y, after), (want, wanted) = compiled(x, state), mixer(x, state)
+    _assert_same([y, *after], [want, *wanted])
+
+
+@every_form
+def test_compiles_packed_sequences_without_graph_breaks(config):
+    mixer = _mixer(config)
+    before = mixer(_randn(4, 7, WIDTH))[1]
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(mixer, backend=counter, fullgraph=True)
+    for ends in ([0, 3, 3, 4, 9], [0, 0, 1, 9, 9]):
+        x, ends = _randn(1, 9, WIDTH), torch.tensor(ends)
+        for state in (before, None):
+            got, want = (f(x, state, cu_seqlens=ends) for f in (compiled, mixer))
+            _assert_same([got[0], *got[1]], [want[0], *want[1]])
+    assert counter.frame_count == 2, "other lengths are no other program"
+
+
+def _steps(config: MixerConfig, backend: str) -> None:
+    """Compiles a step, and one with slots, and compares their outputs and states with a mixer's."""
+    mixer = _mixer(config)
+    torch.compiler.reset()
+    compiled = torch.compile(mixer.step, backend=backend, fullgraph=True)
+    for slots in (None, torch.tensor([2, -1, 0]))[: 1 + mixer.slotted]:
+        state = mixer(_randn(3, 4, WIDTH))[1]
+        state = type(state)(*(s.detach() for s in state))
+        wanted = type(state)(*(s.clone() for s in state))
+        before = type(state)(*(s.clone() for s in state))
+        given = () if slots is None else (slots,)
+        for x in _randn(2, 3, WIDTH):
+            _assert_same([compiled(x, state, *given)], [mixer.step(x, wanted, *given)])
+        _assert_same(state, wanted)
+        both = zip(state, before, strict=True)
+        assert not any(torch.equal(a, b) for a, b in both if a.numel())
+
+
+@every_form
+def test_steps_compile_without_graph_breaks(config):
+    _steps(config, "aot_eager")
+
+
+@pytest.mark.parametrize("config", [LRUConfig(), QRNNConfig()], ids=lambda c: c.kind)
+def test_inductor_compiles_steps(config):
+    _steps(config, "inductor")
+
+
+def test_steps_of_models_with_complex_states_compile():
+    torch.manual_seed(0)
+    lm = recurra.LM(LMConfig(d_model=16, n_layers=2, mixer=LRUConfig())).double()
+    torch.compiler.reset()
+    step = torch.compile(lm.step, backend="aot_eager", fullgraph=True)
+    state, wanted = lm.initial_state(2), lm.initial_state(2)
+    for tokens in torch.randint(0, 200, (3, 2)):
+        _assert_same([step(tokens, state)], [lm.step(tokens, wanted)])
+    for got, want in zip(state, wanted, strict=True):
+        _assert_same(got, want)
 
 
 def test_models_are_made_of_fake_tensors_and_real_ones_after_them():

@@ -260,12 +260,10 @@ class LM(nn.Module):
         self._check_state(state)
         x = self._embed(tokens)
         for part, given in zip(self.stateful(), state, strict=True):
-            if slots is None:
-                part.check(x, given)  # all of them, before one is changed
-            elif not part.slotted:
+            if slots is not None and not part.slotted:
                 raise ValueError(f"LM: a step of {type(part).__name__} takes no slots")
-            else:
-                part.check(x, given, slots=slots)
+            # All of them, before one is changed.
+            part.check_state(given, len(x) if slots is None else None)
         states = iter(state)
         for block in self.layers:
             x = block.step(x, states, slots)

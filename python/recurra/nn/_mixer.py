@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from recurra import ops
 from recurra._check import check_offsets, dtype_name, state_dtype
+from recurra.ops._register import CASTABLE
 
 T = TypeVar("T")
 
@@ -32,52 +33,88 @@ class Mixer(nn.Module):
     state_shapes: tuple[tuple[int, ...], ...]
     out_proj: nn.Linear
 
-    def state_dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of the tensors of a state: float32 for a 16-bit mixer, otherwise that of the mixer."""
-        return (state_dtype(self.out_proj.weight.dtype),) * len(self.state_shapes)
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.d_model = d_model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the inputs and outputs."""
+        return self.out_proj.weight.dtype
+
+    def state_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+        """Of the tensors of a state of a mixer of ``dtype``: float32 for 16 bits, otherwise the
+        same."""
+        return (state_dtype(dtype),) * len(self.state_shapes)
 
     def initial_state(self, batch: int) -> Any:
         """Zeros: the state before the first input of ``batch`` sequences."""
         zeros, each = (
             self.out_proj.weight.new_zeros,
-            zip(self.state_shapes, self.state_dtypes(), strict=True),
+            zip(self.state_shapes, self.state_dtypes(self.dtype), strict=True),
         )
         return self.State(*(zeros((batch, *shape), dtype=dtype) for shape, dtype in each))
 
-    def check(
-        self,
-        x: Tensor,
-        state: Any,
-        cu_seqlens: Tensor | None = None,
-        slots: Tensor | None = None,
-    ) -> int:
-        """How many sequences ``x`` (B, T, ...), or of a step (B, ...), holds, and so how many
-        rows their state has, unless slots say which rows are theirs.
+    def check(self, x: Tensor, state: Any, cu_seqlens: Tensor | None = None) -> int:
+        """How many sequences ``x`` holds, and so how many rows their state has, in a call of
+        ``forward``.
 
         Raises:
-            ValueError: ``cu_seqlens`` or the state is not one of ``x``.
+            ValueError: ``x`` is none of this mixer, or ``cu_seqlens`` or the state is not one of
+                ``x``.
         """
+        dtype = self._check_input(x, "B, T")
         rows = x.shape[0] if cu_seqlens is None else self._packed(x, cu_seqlens)
-        if state is None:
-            return rows
+        if state is not None:
+            self._check_state(state, rows, dtype)
+        return rows
+
+    def check_step(self, x: Tensor, state: Any, slots: Tensor | None = None) -> None:
+        """Of a call of ``step``, before it changes anything.
+
+        Raises:
+            ValueError: ``x`` is none of this mixer, or the state is not one of ``x``.
+        """
+        dtype = self._check_input(x, "B")
+        self._check_state(state, x.shape[0] if slots is None else None, dtype)
+
+    def check_state(self, state: Any, rows: int | None) -> None:
+        """A state of this mixer with so many rows; with any number of them when None.
+
+        Raises:
+            ValueError: it is not that.
+        """
+        self._check_state(state, rows, self.dtype)
+
+    def _check_state(self, state: Any, rows: int | None, dtype: torch.dtype) -> None:
+        if not isinstance(state, tuple):
+            self._fail(f"the state must be {self.State.__name__}, got {type(state).__name__}")
         if len(state) != len(self.state_shapes):
             self._fail(f"the state must have {len(self.state_shapes)} tensors, got {len(state)}")
-        if slots is not None:
+        if rows is None:
             rows = state[0].shape[0]
-        for n, (shape, dtype) in enumerate(
-            zip(self.state_shapes, self.state_dtypes(), strict=True)
-        ):
-            name, got = self.State._fields[n], state[n]
+        names, dtypes = self.State._fields, self.state_dtypes(dtype)
+        for name, got, shape, wanted in zip(names, state, self.state_shapes, dtypes, strict=True):
             if got.shape != (rows, *shape):
                 self._fail(
                     f"{name} of the state must have shape {(rows, *shape)}, got {tuple(got.shape)}"
                 )
-            if got.dtype != dtype:
+            if got.dtype != wanted:
                 self._fail(
-                    f"{name} of the state must have dtype {dtype_name(dtype)}, "
+                    f"{name} of the state must have dtype {dtype_name(wanted)}, "
                     f"got {dtype_name(got.dtype)}"
                 )
-        return rows
+
+    def _check_input(self, x: Tensor, rows: str) -> torch.dtype:
+        """The dtype of this mixer."""
+        if x.dim() != 2 + rows.count(",") or x.shape[-1] != self.d_model:
+            self._fail(f"x must have shape ({rows}, {self.d_model}), got {tuple(x.shape)}")
+        dtype = self.dtype
+        if x.dtype != dtype and not (
+            {x.dtype, dtype} <= CASTABLE and torch.is_autocast_enabled(x.device.type)
+        ):
+            self._fail(f"x must have dtype {dtype_name(dtype)}, got {dtype_name(x.dtype)}")
+        return dtype
 
     def _packed(self, x: Tensor, cu_seqlens: Tensor) -> int:
         if not isinstance(cu_seqlens, Tensor):

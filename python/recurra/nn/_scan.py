@@ -90,7 +90,7 @@ class ScanMixer(Mixer):
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
 
         Raises:
-            ValueError: ``cu_seqlens`` or the state does not fit ``x``.
+            ValueError: ``x`` is none of this mixer, or ``cu_seqlens`` or the state does not fit it.
         """
         rows = self.check(x, state, cu_seqlens)
         (h,) = state or self.initial_state(rows)
@@ -101,6 +101,6 @@ class ScanMixer(Mixer):
     @torch.no_grad()
     def step(self, x: Tensor, state: ScanState, slots: Tensor | None = None) -> Tensor:
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
-        self.check(x, state, slots=slots)
+        self.check_step(x, state, slots)
         given, kept = self._before(x, apply_step)
         return self._after(self._scan_step(given, state.h, slots), kept, apply_step)

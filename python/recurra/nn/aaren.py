@@ -52,7 +52,7 @@ class Aaren(ScanMixer):
     """
 
     def __init__(self, d_model: int, config: AarenConfig | None = None):
-        super().__init__()
+        super().__init__(d_model)
         heads = (config or AarenConfig()).heads
         if d_model % heads:
             raise ValueError(f"Aaren: heads must divide d_model, {d_model}, got {heads}")

@@ -102,7 +102,7 @@ class Attention(Mixer):
     State = AttentionState
 
     def __init__(self, d_model: int, config: AttentionConfig | None = None):
-        super().__init__()
+        super().__init__(d_model)
         self.config = config = config or AttentionConfig()
         H, G = config.heads, config.kv_heads
         self.E = E = d_model // H if config.head_dim is None else config.head_dim
@@ -122,9 +122,8 @@ class Attention(Mixer):
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             layer.reset_parameters()
 
-    def state_dtypes(self) -> tuple[torch.dtype, ...]:
+    def state_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
         """Of the three tensors of a state."""
-        dtype = self.out_proj.weight.dtype
         return dtype, dtype, torch.int64
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +168,8 @@ class Attention(Mixer):
         k = torch.cat([past.k[rows, slots].to(k.dtype), k], 1)
         v = torch.cat([past.v[rows, slots].to(v.dtype), v], 1)
         if compiled:
-            return self._all_blocks(q, k, v, seen)
+            there = torch.arange(1 - W, T, device=seen.device) >= -seen[:, None]
+            return self._all_blocks(q, k, v, there)
         out = []
         for begin in range(0, T, _BLOCK):
             # Query t is key count + t and sees the W keys up to that one.
@@ -183,20 +183,20 @@ class Attention(Mixer):
             out.append(self._attend(q[:, begin:end], k[:, part], v[:, part], mask))
         return torch.cat(out, 1) if out else q.flatten(2)
 
-    def _all_blocks(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-        """The same for T queries and window - 1 keys more, all blocks in one call: a program with a
-        loop over them would be one for each T."""
+    def _all_blocks(self, q: Tensor, k: Tensor, v: Tensor, there: Tensor) -> Tensor:
+        """The same for T queries and window - 1 keys more, those of them that are ``there``, (B,
+        T + window - 1); all blocks in one call: a program with a loop over them would be one for
+        each T."""
         W, (B, T) = self.config.window, q.shape[:2]
         n, span = T // _BLOCK + 1, W - 1 + _BLOCK  # never whole, which would be another program
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, n * _BLOCK - T)) for x in (q, k, v))
         q = q.reshape(B * n, _BLOCK, *q.shape[2:])
         k, v = (x.unfold(1, span, _BLOCK).permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (k, v))
+        there = F.pad(there, (0, n * _BLOCK - T)).unfold(1, span, _BLOCK).flatten(0, 1)
         key = torch.arange(span, device=q.device)
         ago = W - 1 + torch.arange(_BLOCK, device=q.device)[:, None] - key
-        there = key + _BLOCK * torch.arange(n, device=q.device)[:, None] >= (
-            W - 1 - seen[:, None, None]
-        )
-        mask = ((ago >= 0) & (ago < W)) & there.flatten(0, 1)[:, None]
+        # Each sees itself, so that a row which is none has a softmax too.
+        mask = ((ago >= 0) & (ago < W)) & there[:, None] | (ago == 0)
         return self._attend(q, k, v, mask).view(B, n * _BLOCK, -1)[:, :T]
 
     def _remember(self, k: Tensor, v: Tensor, past: AttentionState) -> AttentionState:
@@ -209,6 +209,47 @@ class Attention(Mixer):
             for ring, x in ((past.k, k), (past.v, v))
         )
         return AttentionState(k, v, past.seen + T)
+
+    def _packed_blocks(
+        self, q: Tensor, k: Tensor, v: Tensor, past: AttentionState, cu_seqlens: Tensor
+    ) -> tuple[Tensor, AttentionState]:
+        """Attention of S packed sequences and their next state in one program, whatever their
+        lengths: each stands behind the window - 1 inputs before it, in one long sequence."""
+        W, (S, T), seen = self.config.window, (len(past.seen), q.shape[1]), past.seen
+        ends, device = cu_seqlens.long(), q.device
+        starts, lengths = ends[:-1], ends.diff()
+        k, v = (
+            torch.cat([ring.flatten(0, 1).to(x.dtype), x[0]])
+            for ring, x in ((past.k, k), (past.v, v))
+        )
+
+        def row(sequence: Tensor, at: Tensor) -> Tensor:
+            """Where in those the input at this position of a sequence is."""
+            old = sequence * W + at % W
+            return torch.where(
+                at < seen[sequence], old, S * W + starts[sequence] + at - seen[sequence]
+            )
+
+        sequences, N = torch.arange(S, device=device), T + S * (W - 1)
+        own = torch.repeat_interleave(sequences, lengths + W - 1, output_size=N)
+        ahead = (own + 1) * (W - 1)  # inputs before that are none of T
+        at = torch.arange(N, device=device) - ahead - starts[own] + seen[own]
+        each = F.pad(row(own, at), (W - 1, 0))
+        there = F.pad(at >= 0, (W - 1, 0))
+        mine = torch.repeat_interleave(sequences, lengths, output_size=T)
+        queries = torch.arange(T, device=device) + (mine + 1) * (W - 1)
+        y = self._all_blocks(
+            q.new_zeros(1, N, *q.shape[2:]).index_copy(1, queries, q),
+            k[each][None],
+            v[each][None],
+            there[None],
+        )
+        # In its slot of the ring stands the last input so far, if there was one.
+        last = (seen + lengths - 1)[:, None]
+        at = last - (last - torch.arange(W, device=device)) % W
+        after = row(sequences[:, None], at)
+        state = AttentionState(k[after].to(past.k.dtype), v[after].to(past.v.dtype), seen + lengths)
+        return y[:, queries], state
 
     def forward(
         self, x: Tensor, state: AttentionState | None = None, *, cu_seqlens: Tensor | None = None
@@ -225,7 +266,7 @@ class Attention(Mixer):
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
 
         Raises:
-            ValueError: ``cu_seqlens`` or the state does not fit ``x``.
+            ValueError: ``x`` is none of this mixer, or ``cu_seqlens`` or the state does not fit it.
         """
         rows = self.check(x, state, cu_seqlens)
         state = state or self.initial_state(rows)
@@ -233,6 +274,9 @@ class Attention(Mixer):
         q, k, v = self._heads(self.q_proj(x), self.k_proj(x), self.v_proj(x), at)
         if cu_seqlens is None:
             y, state = self._local(q, k, v, state), self._remember(k, v, state)
+            return self.out_proj(y), state
+        if torch.compiler.is_compiling():
+            y, state = self._packed_blocks(q, k, v, state, cu_seqlens)
             return self.out_proj(y), state
         ends = cu_seqlens.tolist()
         parts, after = [], []
@@ -250,16 +294,17 @@ class Attention(Mixer):
     @torch.no_grad()
     def step(self, x: Tensor, state: AttentionState) -> Tensor:
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
-        self.check(x, state)
+        self.check_step(x, state)
         layers = self.q_proj, self.k_proj, self.v_proj
         q, k, v = self._heads(*(apply_step(m, x) for m in layers), state.seen)
         W, rows = self.config.window, torch.arange(len(x), device=x.device)
-        state.k[rows, state.seen % W] = k
-        state.v[rows, state.seen % W] = v
+        state.k[rows, state.seen % W] = k.to(state.k.dtype)
+        state.v[rows, state.seen % W] = v.to(state.v.dtype)
         count = W
         if x.is_cpu and not torch.compiler.is_compiling():
             count = min(W, int(state.seen.max()) + 1) if len(x) else 0
         mask = torch.arange(count, device=x.device) <= state.seen[:, None]
-        y = self._attend(q[:, None], state.k[:, :count], state.v[:, :count], mask[:, None])
+        k, v = (x[:, :count].to(q.dtype) for x in (state.k, state.v))
+        y = self._attend(q[:, None], k, v, mask[:, None])
         state.seen.add_(1)
         return apply_step(self.out_proj, y[:, 0])

@@ -94,7 +94,7 @@ class HGRN(ScanMixer):
     """
 
     def __init__(self, d_model: int, config: HGRNConfig | None = None):
-        super().__init__()
+        super().__init__(d_model)
         config = config or HGRNConfig()
         self.N, self.complex = config.channels(d_model), config.complex
         self.low = config.eig_range[0]

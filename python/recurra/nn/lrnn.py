@@ -68,7 +68,7 @@ class LRNN(ScanMixer):
     """
 
     def __init__(self, d_model: int, config: LRNNConfig | None = None):
-        super().__init__()
+        super().__init__(d_model)
         config = config or LRNNConfig()
         N, k, self.p = config.blocks(d_model), config.block, config.p
         self.state_shapes = ((N, k),)

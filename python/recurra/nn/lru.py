@@ -70,7 +70,7 @@ class LRU(ScanMixer):
     """
 
     def __init__(self, d_model: int, config: LRUConfig | None = None):
-        super().__init__()
+        super().__init__(d_model)
         self.config = config or LRUConfig()
         N = channels("LRU", self.config.expand, d_model)
         self.state_shapes = ((N, 2),)

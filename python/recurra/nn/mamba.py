@@ -107,7 +107,7 @@ class Mamba(Mixer):
     slotted = True
 
     def __init__(self, d_model: int, config: MambaConfig | None = None):
-        super().__init__()
+        super().__init__(d_model)
         config = config or MambaConfig()
         (D, self.dt_rank), N = config.sizes(d_model), config.d_state
         if D < 1:
@@ -165,7 +165,7 @@ class Mamba(Mixer):
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
 
         Raises:
-            ValueError: ``cu_seqlens`` or the state does not fit ``x``.
+            ValueError: ``x`` is none of this mixer, or ``cu_seqlens`` or the state does not fit it.
         """
         self.check(x, state, cu_seqlens)
         conv, ssm = state or (None, None)
@@ -192,7 +192,7 @@ class Mamba(Mixer):
     @torch.no_grad()
     def step(self, x: Tensor, state: MambaState, slots: Tensor | None = None) -> Tensor:
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
-        self.check(x, state, slots=slots)
+        self.check_step(x, state, slots)
         u, z = linear_step(x, self.in_proj.weight, self.in_proj.bias).chunk(2, dim=-1)
         u = self.ops.causal_conv1d_step(
             state.conv, u, self._conv_weight(), self.conv1d.bias, activation="silu", slots=slots

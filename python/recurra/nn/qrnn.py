@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from recurra._check import state_dtype
 from recurra.nn._config import MixerConfig, check_eig_range, check_fields
 from recurra.nn._mixer import Mixer
+from recurra.nn._positions import earlier
 from recurra.nn._scan import apply_step, channels
 
 
@@ -57,30 +58,6 @@ class QRNNState(NamedTuple):
     c: Tensor
 
 
-def windows(x: Tensor, before: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The last k inputs at each time, oldest first.
-
-    Args:
-        x: (B, T, D).
-        before: the k-1 inputs before them, (B, k-1, D), or (S, k-1, D) with ``cu_seqlens``.
-        cu_seqlens: (S + 1,), the ends of S sequences packed along T.
-
-    Returns:
-        (B, T, k D), and the last k-1 inputs, in the dtype of ``before``.
-    """
-    if cu_seqlens is not None:
-        lengths = cu_seqlens.diff().tolist()
-        if not lengths:
-            return x.repeat(1, 1, before.shape[1] + 1), before
-        pairs = zip(x.split(lengths, 1), before.split(1), strict=True)
-        parts, last = zip(*(windows(*pair) for pair in pairs), strict=True)
-        return torch.cat(parts, 1), torch.cat(last)
-    k, T = before.shape[1] + 1, x.shape[1]
-    whole = torch.cat([before.to(x.dtype), x], 1)
-    seen = torch.cat([whole[:, j : j + T] for j in range(k)], -1)
-    return seen, whole[:, T:].to(before.dtype)
-
-
 class QRNN(Mixer):
     r"""Quasi-recurrent network with fo-pooling: Bradbury et al., "Quasi-recurrent neural networks"
     (2017), section 2.
@@ -96,7 +73,7 @@ class QRNN(Mixer):
     State = QRNNState
 
     def __init__(self, d_model: int, config: QRNNConfig | None = None):
-        super().__init__()
+        super().__init__(d_model)
         config = config or QRNNConfig()
         self.k, self.low = config.window, config.eig_range[0]
         N = channels("QRNN", config.expand, d_model)
@@ -132,12 +109,12 @@ class QRNN(Mixer):
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
 
         Raises:
-            ValueError: ``cu_seqlens`` or the state does not fit ``x``.
+            ValueError: ``x`` is none of this mixer, or ``cu_seqlens`` or the state does not fit it.
         """
         rows = self.check(x, state, cu_seqlens)
         conv, c = state or self.initial_state(rows)
-        seen, conv = windows(x, conv, cu_seqlens)
-        zfo = self.in_proj(seen)
+        before, conv = earlier(x, conv, cu_seqlens)
+        zfo = self.in_proj(torch.cat([*before, x], -1))
         a, b, o = self._gates(zfo)
         y, c = self.ops.linear_scan(a, b, c, cu_seqlens=cu_seqlens)
         return self.out_proj((o * y).to(zfo.dtype)), QRNNState(conv, c)
@@ -145,10 +122,10 @@ class QRNN(Mixer):
     @torch.no_grad()
     def step(self, x: Tensor, state: QRNNState) -> Tensor:
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
-        self.check(x, state)
-        seen, conv = windows(x[:, None], state.conv)
-        state.conv.copy_(conv)
-        zfo = apply_step(self.in_proj, seen[:, 0])
+        self.check_step(x, state)
+        before, conv = earlier(x[:, None], state.conv)
+        zfo = apply_step(self.in_proj, torch.cat([*before, x[:, None]], -1)[:, 0])
         a, b, o = self._gates(zfo)
         y = self.ops.linear_scan_step(state.c, a, b)
+        state.conv.copy_(conv)
         return apply_step(self.out_proj, (o * y).to(zfo.dtype))

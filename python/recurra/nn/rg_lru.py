@@ -106,7 +106,7 @@ class RGLRU(Mixer):
     slotted = True
 
     def __init__(self, d_model: int, config: RGLRUConfig | None = None):
-        super().__init__()
+        super().__init__(d_model)
         config = config or RGLRUConfig()
         D, H = config.channels(d_model), config.heads
         if D < 1 or D % H:
@@ -139,9 +139,9 @@ class RGLRU(Mixer):
         rate = torch.empty_like(self.recurrent_param).uniform_(0.9**2, 0.999**2).log_().mul_(-0.5)
         self.recurrent_param.copy_(rate.expm1_().log_())
 
-    def state_dtypes(self) -> tuple[torch.dtype, ...]:
+    def state_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
         """Of the three tensors of a state."""
-        return (*super().state_dtypes()[:2], torch.int64)
+        return (*super().state_dtypes(dtype)[:2], torch.int64)
 
     def _gate(self, u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Sigmoid of a block-diagonal layer over the rows of u (N, D)."""
@@ -173,7 +173,7 @@ class RGLRU(Mixer):
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
 
         Raises:
-            ValueError: ``cu_seqlens`` or the state does not fit ``x``.
+            ValueError: ``x`` is none of this mixer, or ``cu_seqlens`` or the state does not fit it.
         """
         rows = self.check(x, state, cu_seqlens)
         conv, h, seen = state or self.initial_state(rows)
@@ -190,7 +190,7 @@ class RGLRU(Mixer):
     @torch.no_grad()
     def step(self, x: Tensor, state: RGLRUState, slots: Tensor | None = None) -> Tensor:
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
-        self.check(x, state, slots=slots)
+        self.check_step(x, state, slots)
         u = self.ops.causal_conv1d_step(
             state.conv,
             apply_step(self.linear_x, x),

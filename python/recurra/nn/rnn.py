@@ -104,7 +104,7 @@ class RNN(Mixer):
     slotted = True
 
     def __init__(self, d_model: int, config: RNNConfig | None = None):
-        super().__init__()
+        super().__init__(d_model)
         config = config or RNNConfig()
         N, info = config.channels(d_model), cells()[config.cell]
         if N < 1:
@@ -153,7 +153,7 @@ class RNN(Mixer):
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
 
         Raises:
-            ValueError: ``cu_seqlens`` or the state does not fit ``x``.
+            ValueError: ``x`` is none of this mixer, or ``cu_seqlens`` or the state does not fit it.
         """
         rows = self.check(x, state, cu_seqlens)
         conv, h = state or self.initial_state(rows)
@@ -173,7 +173,7 @@ class RNN(Mixer):
     @torch.no_grad()
     def step(self, x: Tensor, state: RNNState, slots: Tensor | None = None) -> Tensor:
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
-        self.check(x, state, slots=slots)
+        self.check_step(x, state, slots)
         u, *gate = apply_step(self.in_proj, x).chunk(1 + self.gate, dim=-1)
         if self.conv1d is not None:
             weight, bias = self.conv1d.weight[:, 0], self.conv1d.bias

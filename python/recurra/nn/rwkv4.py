@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from recurra._check import state_dtype
 from recurra.nn._config import MixerConfig, check_fields
 from recurra.nn._mixer import Mixer
+from recurra.nn._positions import earlier
 from recurra.nn._scan import Apply, apply, apply_step, see_nothing_
 
 
@@ -92,22 +93,13 @@ class RWKV4ChannelState(NamedTuple):
 def token_shift(x: Tensor, last: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """The input before each of ``x`` (B, T, d_model), and the last of all; ``last`` (B or S,
     d_model) is the one before the first of each sequence."""
-    S, T = last.shape[0], x.shape[1]
-    if cu_seqlens is None:
-        both = torch.cat([last[:, None].to(x.dtype), x], 1)
-        return both[:, :-1], both[:, -1].to(last.dtype, copy=True)
-    both = torch.cat([last.to(x.dtype), x[0]])
-    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    sequences, filled = torch.arange(S, device=x.device), ends > starts
-    before = torch.arange(S - 1, S - 1 + T, device=x.device)
-    before[starts[filled]] = sequences[filled]
-    after = torch.where(filled, S - 1 + ends, sequences)
-    return both[before][None], both[after].to(last.dtype)
+    (before,), last = earlier(x, last[:, None], cu_seqlens)
+    return before, last[:, 0]
 
 
 def mixed(x: Tensor, before: Tensor, ratio: Tensor) -> Tensor:
     """Each input, (..., d_model), with the one before it, by a ratio (1, 1, d_model)."""
-    return torch.lerp(before, x, ratio[0, 0])
+    return torch.lerp(before, x, ratio[0, 0].to(x.dtype))
 
 
 def _fill_ratios(mix: Tensor, power: float, plus: float = 0.0) -> None:
@@ -132,7 +124,7 @@ class RWKV4(Mixer):
     place = (1, 3)
 
     def __init__(self, d_model: int, config: RWKV4Config | None = None):
-        super().__init__()
+        super().__init__(d_model)
         N = (config or RWKV4Config()).channels(d_model)
         if N < 1:
             raise ValueError(f"RWKV4: expand * d_model must be at least 1, got {N}")
@@ -199,7 +191,7 @@ class RWKV4(Mixer):
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
 
         Raises:
-            ValueError: ``cu_seqlens`` or the state does not fit ``x``.
+            ValueError: ``x`` is none of this mixer, or ``cu_seqlens`` or the state does not fit it.
         """
         rows = self.check(x, state, cu_seqlens)
         shift, wkv = state or self.initial_state(rows)
@@ -213,10 +205,10 @@ class RWKV4(Mixer):
     @torch.no_grad()
     def step(self, x: Tensor, state: RWKV4State) -> Tensor:
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
-        self.check(x, state)
+        self.check_step(x, state)
         k, v, r = self._inputs(x, state.shift.to(x.dtype), apply_step)
-        state.shift.copy_(x)
         y = self.ops.softmax_scan_step(state.wkv, k, v, decay=self._decay(), bonus=self.time_first)
+        state.shift.copy_(x)
         return apply_step(self.out_proj, r * y)
 
 
@@ -237,7 +229,7 @@ class RWKV4Channel(Mixer):
     place = (1, 3)
 
     def __init__(self, d_model: int, config: RWKV4ChannelConfig | None = None):
-        super().__init__()
+        super().__init__(d_model)
         N = (config or RWKV4ChannelConfig()).channels(d_model)
         if N < 1:
             raise ValueError(f"RWKV4Channel: expand * d_model must be at least 1, got {N}")
@@ -280,7 +272,7 @@ class RWKV4Channel(Mixer):
     @torch.no_grad()
     def step(self, x: Tensor, state: RWKV4ChannelState) -> Tensor:
         """(B, d_model) to the same; updates ``state`` in place."""
-        self.check(x, state)
+        self.check_step(x, state)
         y = self._channels(x, state.shift.to(x.dtype), apply_step)
         state.shift.copy_(x)
         return y

@@ -196,7 +196,7 @@ class StateSpace(ScanMixer):
     convolved_from: ClassVar[float] = math.inf
 
     def __init__(self, d_model: int, config: S4DConfig, steps: int):
-        super().__init__()
+        super().__init__(d_model)
         self.config, self.view = config, config.view
         self._kept = Kept()
         self.log_dt = nn.Parameter(torch.empty(steps))

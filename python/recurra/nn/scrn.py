@@ -76,7 +76,7 @@ class SCRN(Mixer):
     slotted = True
 
     def __init__(self, d_model: int, config: SCRNConfig | None = None):
-        super().__init__()
+        super().__init__(d_model)
         config = config or SCRNConfig()
         self.alpha = config.alpha
         self.N = channels("SCRN", config.expand, d_model)
@@ -119,7 +119,7 @@ class SCRN(Mixer):
             y, shape of ``x``, and the state after the last input. Gradients flow through both.
 
         Raises:
-            ValueError: ``cu_seqlens`` or the state does not fit ``x``.
+            ValueError: ``x`` is none of this mixer, or ``cu_seqlens`` or the state does not fit it.
         """
         rows = self.check(x, state, cu_seqlens)
         s, h = state or self.initial_state(rows)
@@ -133,7 +133,7 @@ class SCRN(Mixer):
     @torch.no_grad()
     def step(self, x: Tensor, state: SCRNState, slots: Tensor | None = None) -> Tensor:
         """Mixes one input, (B, d_model), and updates ``state`` in place; without gradients."""
-        self.check(x, state, slots=slots)
+        self.check_step(x, state, slots)
         a, b, x = self._inputs(x, apply_step)
         slow = self.ops.linear_scan_step(state.s, a, b, slots=slots).to(x.dtype)
         x = (x + apply_step(self.context_proj, slow))[:, None]
