@@ -446,9 +446,11 @@ def test_steps_in_place_have_no_form(op):
         def forward(self, h, *tensors):
             return op.step(h, **(given | dict(zip(names, tensors, strict=True)))) * 2, h
 
+    inputs = args[op.state], *(given[name] for name in names)
     said = f"{op.name}_step writes its state in place, .*; call {op.name} with T = 1, which takes"
+    if args[op.state].is_complex():  # nor has the op that it would name
+        said = "torch's exporter has no complex numbers"
     with pytest.raises(ValueError, match=f"^recurra.onnx: {said}"):
-        inputs = args[op.state], *(given[name] for name in names)
         recurra.onnx.export(Step().eval(), inputs, verbose=False)
 
 
