@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -116,6 +117,32 @@ def test_bfloat16_arithmetic_is_close(mixer):
     stepped = lm.initial_state(2)
     steps = torch.stack([lm.step(token, stepped) for token in tokens.unbind(1)], 1)
     assert (steps - want).norm() < 0.05 * want.norm()
+
+
+@pytest.mark.parametrize(
+    ("config", "wide"),
+    [
+        (S4DConfig(), ("log_dt", "A_imag")),
+        (S5Config(), ("log_dt", "A_imag")),
+        (LRUConfig(), ("theta_log",)),
+    ],
+    ids=["s4d", "s5", "lru"],
+)
+@torch.no_grad()
+def test_frequencies_in_float32_keep_bfloat16_close(config, wide):
+    torch.manual_seed(0)
+    mixer = config.make(32)
+    x = torch.randn(1, 1024, 32).bfloat16()
+    want = mixer(x.float())[0]
+    half = copy.deepcopy(mixer).bfloat16()
+    for name in wide:
+        getattr(half, name).data = getattr(mixer, name).data.clone()
+    got, _ = half(x)
+    assert got.dtype == torch.bfloat16
+    assert (got - want).norm() < 0.01 * want.norm()
+    state = half.initial_state(1)
+    steps = torch.stack([half.step(one, state) for one in x.unbind(1)], 1)
+    assert (steps - want).norm() < 0.01 * want.norm()
 
 
 @pytest.mark.parametrize("name", NAMED)

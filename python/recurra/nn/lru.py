@@ -64,6 +64,10 @@ class LRU(ScanMixer):
     with complex diagonal :math:`\lambda = \exp(-e^\nu + i e^\theta)`; then GELU and a gated linear
     unit.
 
+    Rounding an angle turns its state a little more with each input. Cast to bfloat16 as a whole, a
+    new mixer is 2 to 15 % off over 1024 inputs; with ``theta_log`` left in float32, as it may be
+    and as autocast leaves it, 0.5 %.
+
     Args:
         d_model: width of the inputs and outputs.
         config: the sizes inside.

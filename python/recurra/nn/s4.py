@@ -260,6 +260,10 @@ class S4D(StateSpace):
 
     :math:`h' = A h + u`, :math:`y = 2\,\mathrm{Re}(C h)` with zero-order hold in steps of dt.
 
+    Rounding a frequency or a time step turns every state a little more with each input. Cast to
+    bfloat16 as a whole, a new mixer is 19 to 27 % off over 1024 inputs; with ``log_dt`` and
+    ``A_imag`` left in float32, as they may be and as autocast leaves them, 0.5 %.
+
     Args:
         d_model: width of the inputs and outputs.
         config: the sizes inside.
@@ -326,6 +330,9 @@ class S5(StateSpace):
 
     :math:`h' = \Lambda h + B u`, :math:`y = 2\,\mathrm{Re}(C h)` with zero-order hold in steps of
     dt, one for each pair of states.
+
+    As for :class:`S4D` rounded frequencies and time steps matter: cast to bfloat16 as a whole, a
+    new mixer is 3 to 6 % off over 1024 inputs; with ``log_dt`` and ``A_imag`` in float32, 0.5 %.
 
     Args:
         d_model: width of the inputs and outputs.
