@@ -204,6 +204,27 @@ def test_mixers_that_the_pattern_does_not_name_are_refused():
     assert formats.config_from_dict(formats.config_to_dict(config, torch.float32)) == config
 
 
+def test_a_pattern_without_a_mixer_means_the_defaults(tmp_path):
+    values = {"model_type": "recurra", "pattern": "RRA", "d_model": 32, "n_layers": 3}
+    for given in (values, values | {"mixer": None}):
+        config = formats.config_from_dict(given)
+        assert config == LMConfig(pattern="RRA", d_model=32, n_layers=3)
+    for pattern, words in (
+        ("", "mixer must be an object, got None"),
+        ("RZ", "pattern must be of the letters .*, got 'Z'"),
+        (5, r"pattern must be str, got 5 \(int\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            formats.config_from_dict(values | {"pattern": pattern})
+    lm = recurra.LM(config)
+    lm.save_pretrained(tmp_path)
+    about = json.loads((tmp_path / "config.json").read_text())
+    del about["mixer"]
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    tokens = torch.arange(5)[None]
+    assert torch.equal(recurra.LM.from_pretrained(tmp_path)(tokens)[0], lm(tokens)[0])
+
+
 # ---- every named configuration of bytes, made small ----------------------------------------------
 
 

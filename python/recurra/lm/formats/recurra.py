@@ -41,6 +41,8 @@ def from_dict(values: dict[str, Any]) -> LMConfig:
         if len(given) > len(_MIXERS):
             raise ValueError(f"mixer must hold at most {len(_MIXERS)}, got {len(given)}")
         mixer = tuple(_part("mixer", each, _MIXERS) for each in given)
+    elif given is None and values.get("pattern"):
+        mixer = LMConfig.mixer  # all that the pattern names have their defaults
     else:
         mixer = _part("mixer", given, _MIXERS)
     ffn = values.get("ffn")
