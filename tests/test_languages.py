@@ -58,11 +58,65 @@ def test_samples_are_even(name, length):
     assert min(counts.values()) > 300 and max(counts.values()) < 500, counts
 
 
-def test_lengths_of_which_there_is_no_string():
+@every
+def test_strings_without_symbols_and_no_strings(language):
+    for count, length in ((2, 0), (0, 3), (0, 0)):
+        tokens = language.uniform(count, length, generator())
+        assert tokens.shape == language.states(tokens).shape == (count, length)
+        labels = language.labels(tokens)
+        assert labels.shape == (count, length) and labels.dtype == torch.bool
+        assert language.text(tokens) == [""] * count
+        empty = language.recognise("")
+        assert language.sample(count, 0, empty, generator()).shape == (count, 0)
+        where = "outside" if empty else "in"
+        with pytest.raises(ValueError, match=f"no string of length 0 is {where} {language.name}"):
+            language.sample(count, 0, not empty)
+    assert language.sample(0, 4, True, generator()).shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64], ids=str)
+def test_symbols_of_any_integers(dtype):
+    language = languages.flip_flop()
+    tokens = language.uniform(3, 20, generator())
+    states = language.states(tokens.to(dtype))
+    assert states.dtype == torch.int64 and torch.equal(states, language.states(tokens))
+
+
+@every
+def test_what_is_no_string_is_refused(language):
+    last = len(language.alphabet) - 1
+    read = (language.states, language.labels, language.text)
+    for tokens, message in (
+        (torch.tensor([[0, -1]]), f"tokens must be from 0 to {last}, got -1"),
+        (torch.tensor([[0], [last + 1]]), f"tokens must be from 0 to {last}, got {last + 1}"),
+        (torch.zeros(2, 0), "tokens must be integers, got float32"),
+        (torch.zeros(2, 3, dtype=torch.bool), "tokens must be integers, got bool"),
+        (torch.tensor([0, 1]), r"tokens must have shape \(B, T\), got \(2,\)"),
+    ):
+        for function in read:
+            with pytest.raises(ValueError, match=f"^{language.name}: {message}$"):
+                function(tokens)
+    for draw in (language.uniform, lambda *sizes: language.sample(*sizes, True)):
+        for sizes, name in (((-1, 4), "count"), ((2, -1), "length"), ((2, 1.5), "length")):
+            bad = min(sizes) if name == "length" else sizes[0]
+            message = f"^{language.name}: {name} must be an integer of at least 0, got {bad}$"
+            with pytest.raises(ValueError, match=message):
+                draw(*sizes)
+
+
+def test_languages_that_there_are_not():
     with pytest.raises(ValueError, match="no string of length 3 is in tomita-2"):
         languages.tomita(2).sample(1, 3, True)
-    for make, bad in ((languages.tomita, 8), (languages.modular, 0), (languages.dyck, 0)):
-        with pytest.raises(ValueError, match=f"{make.__name__}: .* must be .*, got {bad}"):
+    for make, name, bad in (
+        (languages.tomita, "number", 8),
+        (languages.tomita, "number", 1.0),
+        (languages.tomita, "number", "1"),
+        (languages.modular, "n", 0),
+        (languages.modular, "n", 2.0),
+        (languages.dyck, "depth", 0),
+        (languages.dyck, "depth", True),
+    ):
+        with pytest.raises(ValueError, match=f"^{make.__name__}: {name} must be .*, got {bad!r}$"):
             make(bad)
 
 

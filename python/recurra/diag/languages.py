@@ -36,28 +36,59 @@ class Language:
     accepting: frozenset[int]
     recognise: Callable[[str], bool]
 
+    def _check_tokens(self, tokens: Tensor) -> None:
+        kind = str(tokens.dtype).removeprefix("torch.")
+        if tokens.dim() != 2:
+            raise ValueError(
+                f"{self.name}: tokens must have shape (B, T), got {tuple(tokens.shape)}"
+            )
+        if kind == "bool" or tokens.is_floating_point() or tokens.is_complex():
+            raise ValueError(f"{self.name}: tokens must be integers, got {kind}")
+        symbols = len(self.alphabet)
+        for bad in tokens[(tokens < 0) | (tokens >= symbols)][:1].tolist():
+            raise ValueError(f"{self.name}: tokens must be from 0 to {symbols - 1}, got {bad}")
+
+    def _check_sizes(self, **sizes: int) -> None:
+        for name, size in sizes.items():
+            _check_integer(self.name, name, size, 0)
+
     def states(self, tokens: Tensor) -> Tensor:
-        """The states after every symbol of (B, T) strings."""
+        """The states after every symbol of (B, T) strings.
+
+        Raises:
+            ValueError: they are not (B, T), or hold what is no symbol.
+        """
         import torch
 
+        self._check_tokens(tokens)
         table = torch.tensor(self.transitions, device=tokens.device)
-        state, out = torch.zeros_like(tokens[:, 0]), []
-        for token in tokens.unbind(1):
+        out = torch.empty_like(tokens, dtype=torch.long)
+        state = out.new_zeros(len(out))
+        for t, token in enumerate(tokens.long().unbind(1)):
             state = table[state, token]
-            out.append(state)
-        return torch.stack(out, 1)
+            out[:, t] = state
+        return out
 
     def labels(self, tokens: Tensor) -> Tensor:
-        """(B, T) of bool: whether what was read up to and with each symbol is in the language."""
+        """(B, T) of bool: whether what was read up to and with each symbol is in the language.
+
+        Raises:
+            ValueError: they are not (B, T), or hold what is no symbol.
+        """
         import torch
 
         accepts = [state in self.accepting for state in range(len(self.transitions))]
         return torch.tensor(accepts, device=tokens.device)[self.states(tokens)]
 
     def uniform(self, count: int, length: int, generator: torch.Generator | None = None) -> Tensor:
-        """(count, length) of symbols, each as likely as the others."""
+        """(count, length) of symbols, each as likely as the others.
+
+        Raises:
+            ValueError: a size is negative.
+        """
         import torch
 
+        self._check_sizes(count=count, length=length)
         return torch.randint(len(self.alphabet), (count, length), generator=generator)
 
     def sample(
@@ -67,10 +98,11 @@ class Language:
         or from those that are not.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or a size is negative.
         """
         import torch
 
+        self._check_sizes(count=count, length=length)
         table = torch.tensor(self.transitions)
         # weights[t][q]: a multiple of how many of the strings with t symbols left lead from q to
         # where they should; each t has a multiple of its own, for there are 2^t of them and more.
@@ -91,8 +123,18 @@ class Language:
         return torch.cat(out, 1) if out else torch.zeros(count, 0, dtype=torch.long)
 
     def text(self, tokens: Tensor) -> list[str]:
-        """(B, T) symbols as strings."""
+        """(B, T) symbols as strings.
+
+        Raises:
+            ValueError: they are not (B, T), or hold what is no symbol.
+        """
+        self._check_tokens(tokens)
         return ["".join(self.alphabet[i] for i in row) for row in tokens.tolist()]
+
+
+def _check_integer(who: str, name: str, value: int, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{who}: {name} must be an integer of at least {least}, got {value!r}")
 
 
 def parity() -> Language:
@@ -106,10 +148,9 @@ def modular(n: int) -> Language:
     """A number of ones that ``n`` divides.
 
     Raises:
-        ValueError: ``n`` is less than 1.
+        ValueError: ``n`` is not an integer of at least 1.
     """
-    if n < 1:
-        raise ValueError(f"modular: n must be at least 1, got {n}")
+    _check_integer("modular", "n", n, 1)
     table = tuple((i, (i + 1) % n) for i in range(n))
     return Language(f"modular-{n}", "01", table, frozenset({0}), lambda s: s.count("1") % n == 0)
 
@@ -126,10 +167,9 @@ def dyck(depth: int) -> Language:
     """Brackets of one kind that close one another and are open ``depth`` at a time at most: Dyck-1.
 
     Raises:
-        ValueError: ``depth`` is less than 1.
+        ValueError: ``depth`` is not an integer of at least 1.
     """
-    if depth < 1:
-        raise ValueError(f"dyck: depth must be at least 1, got {depth}")
+    _check_integer("dyck", "depth", depth, 1)
     dead = depth + 1
     table = [(i + 1, i - 1 if i else dead) for i in range(depth + 1)]
     table[depth] = (dead, depth - 1)
@@ -205,8 +245,8 @@ def tomita(number: int) -> Language:
     Raises:
         ValueError: ``number`` is not from 1 to 7.
     """
-    if not 1 <= number <= len(_TOMITA):
-        raise ValueError(f"tomita: the number must be from 1 to {len(_TOMITA)}, got {number}")
+    if type(number) is not int or not 1 <= number <= len(_TOMITA):
+        raise ValueError(f"tomita: number must be from 1 to {len(_TOMITA)}, got {number!r}")
     table, accepting, recognise = _TOMITA[number - 1]
     return Language(f"tomita-{number}", "01", table, frozenset(accepting), recognise)
 
