@@ -237,6 +237,10 @@ def test_the_search_for_a_width_ends(monkeypatch):
     [
         ("--mixers mamba,gru", "unknown mixer gru; known are mamba, tiny, small, "),
         ("--mixers ,", "--mixers must name at least one"),
+        ("--mixers=", "--mixers must name at least one"),
+        ("--mixers mamba,,hgrn", "must have a name beside every comma, got 'mamba,,hgrn'"),
+        ("--mixers mamba,hgrn,", "must have a name beside every comma, got 'mamba,hgrn,'"),
+        ("--mixers mamba,hgrn,mamba", "--mixers must name each once, got mamba again"),
         ("--minutes 0", "--minutes must be positive and below 1e+07, got 0.0"),
         ("--minutes nan", "--minutes must be positive and below 1e+07, got nan"),
         ("--minutes inf", "--minutes must be positive and below 1e+07, got inf"),

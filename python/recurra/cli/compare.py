@@ -146,10 +146,14 @@ def _sentence(error: Exception) -> str:
 
 
 def _names(text: str) -> list[str]:
-    """Each once, in the order given."""
-    names = list(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
-    if not names:
+    names = [name.strip() for name in text.split(",")]
+    if not any(names):
         raise ValueError("--mixers must name at least one")
+    for n, name in enumerate(names):
+        if not name:
+            raise ValueError(f"--mixers must have a name beside every comma, got {text!r:.200}")
+        if name in names[:n]:
+            raise ValueError(f"--mixers must name each once, got {name:.100} again")
     return names
 
 
