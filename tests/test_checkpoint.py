@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import random
@@ -237,6 +238,67 @@ def test_what_an_interrupted_writer_left_is_cleared(root):
     checkpoint.clean(root)
     assert {path.name for path in root.iterdir()} == {checkpoint.name(1), checkpoint.name(2)}
     assert newest(root) == (checkpoint.name(2), [])
+
+
+def test_a_run_that_is_refused_leaves_nothing(tmp_path):
+    def refused(run):
+        with pytest.raises(ValueError, match="refused"), checkpoint.alone(run):
+            (run / checkpoint.TOKENS).mkdir(exist_ok=True)
+            (run / checkpoint.TOKENS / "train.bin").write_bytes(b"x")
+            raise ValueError("refused")
+
+    refused(tmp_path / "new" / "run")
+    assert not list(tmp_path.iterdir())
+    # What was there stays: a folder, others' files, tokens of before.
+    run = tmp_path / "run"
+    run.mkdir()
+    refused(run)
+    assert not list(run.iterdir())
+    (run / "notes.txt").write_text("mine")
+    refused(run)
+    assert [path.name for path in run.iterdir()] == ["notes.txt"]
+    (run / checkpoint.TOKENS).mkdir()
+    refused(run)
+    assert {path.name for path in run.iterdir()} == {"notes.txt", "tokens"}
+    # A run that has begun keeps all, and its lock, whatever ends it.
+    with pytest.raises(RuntimeError, match="diverged"), checkpoint.alone(tmp_path / "begun"):
+        (tmp_path / "begun" / "log.jsonl").write_text("{}\n")
+        raise RuntimeError("diverged")
+    refused(tmp_path / "begun")
+    names = {path.name for path in (tmp_path / "begun").iterdir()}
+    assert names == {".lock", "log.jsonl", "tokens"}
+
+
+def test_a_lock_that_is_deleted_under_others(tmp_path, monkeypatch):
+    """Who opened it before it was deleted does not take it for that of the folder."""
+    held, flock = [], fcntl.flock
+
+    def deleted_meanwhile(handle, how):
+        held.append(handle)
+        if len(held) == 1:
+            (tmp_path / checkpoint.LOCK).unlink()
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", deleted_meanwhile)
+    with checkpoint.alone(tmp_path):
+        (tmp_path / "log.jsonl").touch()
+        assert len(held) == 2
+        with pytest.raises(OSError, match="another process"), checkpoint.alone(tmp_path):
+            pass
+    with checkpoint.alone(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", "log.jsonl"}
+
+
+def test_a_text_too_short_for_its_tokenizer_leaves_no_tokens(tmp_path):
+    letters = {letter: n for n, letter in enumerate("abcdefgh \n?")}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(letters, [], unk_token="?"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "short.txt").write_text("abc " * 9)
+    run = tmp_path / "run"
+    argv = ["train", str(run), "--data", str(tmp_path / "short.txt")]
+    status, errors = crash.call([*argv, "--tokenizer", str(tmp_path / "tokenizer.json")])
+    assert status == 1 and "sequences of 512 need at least 513" in errors, errors
+    assert not run.exists()
 
 
 def test_a_tokenizer_outlives_the_checkpoint_that_it_came_from(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,11 @@ def model(tmp_path_factory):
     (folder / "empty.txt").write_text("")
     (folder / "notes.json").write_text("{}")
     return folder
+
+
+def _held(folder: Path) -> dict[Path, bytes | None]:
+    """All that is in a folder, None for folders."""
+    return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -83,7 +89,7 @@ def test_bench_lists_its_cases(capsys):
         ("train {}/run --data {}/text.txt", "on has 36 tokens, sequences of 512 need at least 513"),
         ("train {}/run --data {}/text.txt --length 1000", "720 bytes"),
         ("train {}/run --batch 5 --accumulate 2", "accumulate must divide batch = 5, got 2"),
-        ("train {}/run --minutes -1", "--minutes must be positive, got -1.0"),
+        ("train {}/run --minutes -1", "--minutes must be positive and below 1e+07, got -1.0"),
         ("train {}/run --init {}/model --config tiny", "--init brings its own configuration"),
         ("train {}/run --init {}/nothing", "{}/nothing: no such folder"),
         ("train {}/empty.txt", "File exists"),
@@ -95,7 +101,9 @@ def test_what_is_wrong_is_one_sentence(model, arguments, message, capsys):
     if message == "720 bytes":
         message = "has 684 tokens, sequences of 1000 need at least 1001"
     argv = [a.replace("{}", str(model)) for a in arguments.split()]
+    before = _held(model)
     assert main(argv) == 1
+    assert _held(model) == before
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert lines[-1].startswith(f"recurra {argv[0]}: ")

@@ -215,19 +215,24 @@ def _run(args: argparse.Namespace, folder: Path, world) -> int:
         data, valid_data = state.sources(before)
         args.data, args.valid_data = args.data or data, args.valid_data or valid_data
     tokenizer_file = _tokenizer_file(args, before or source)
-    corpus = _corpus(args, folder, world, tokenizer_file)
+    tokenizer, end = _tokenizer(tokenizer_file)
+    # All that can be wrong before the text is made into tokens, which may take long.
     if before is not None:
         from recurra.lm import pretrained
 
         options = dataclasses.replace(state.options(before), **given)
         config: LMConfig = pretrained.check(before)[0]
-        if args.config and _config(args, None, corpus) != config:
+        if args.config and _config(args, None, tokenizer, end) != config:
             raise ValueError(f"{before} holds another model than --config {args.config}")
         if args.minutes is not None:
             say("--minutes counts at the beginning of a run; it is left alone now")
     else:
-        config = _config(args, source, corpus)
+        config = _config(args, source, tokenizer, end)
         options = TrainOptions(**given)
+        if args.minutes is not None:
+            _check_minutes(args, world)
+    corpus = _corpus(args, folder, world, tokenizer, end)
+    if before is None:
         if args.minutes is not None:
             steps = _steps_in(args, config, options, corpus, world)
             options = dataclasses.replace(options, steps=steps)
@@ -281,20 +286,27 @@ def _tokenizer_file(args: argparse.Namespace, checkpoint: Path | None) -> Path |
     return None
 
 
-def _corpus(args: argparse.Namespace, folder: Path, world, file: Path | None):
+def _tokenizer(file: Path | None):
+    """The tokenizer, and its token between files, if it has one."""
     from recurra.lm.tokenizer import ByteTokenizer, JsonTokenizer
+
+    if file is None:
+        return ByteTokenizer(), None
+    tokenizer = JsonTokenizer(file)
+    names = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
+    ends = (tokenizer.token_id(name) for name in names)
+    return tokenizer, next((token for token in ends if token is not None), None)
+
+
+def _corpus(args: argparse.Namespace, folder: Path, world, tokenizer, end: int | None):
+    from recurra.lm.tokenizer import JsonTokenizer
+    from recurra.train import checkpoint
     from recurra.train.data import Corpus, open_text
 
-    tokenizer = ByteTokenizer() if file is None else JsonTokenizer(file)
-    end = None
-    if file is not None:
-        names = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
-        ends = (tokenizer.token_id(name) for name in names)
-        end = next((token for token in ends if token is not None), None)
     text = open_text(args.data)
     held_out = open_text(args.valid_data) if args.valid_data else None
-    tokens = folder / "tokens"
-    if file is not None:
+    tokens = folder / checkpoint.TOKENS
+    if isinstance(tokenizer, JsonTokenizer):
         world.first(lambda: tokens.mkdir(parents=True, exist_ok=True))
 
     def corpus(make: bool) -> Corpus:
@@ -306,13 +318,12 @@ def _corpus(args: argparse.Namespace, folder: Path, world, file: Path | None):
     return corpus(False)
 
 
-def _config(args: argparse.Namespace, source: Path | None, corpus):
+def _config(args: argparse.Namespace, source: Path | None, tokenizer, end: int | None):
     from recurra import _files
     from recurra.lm import CONFIGS, formats, pretrained
     from recurra.lm.tokenizer import check_vocabulary
 
     name = args.config or "tiny"
-    tokenizer = corpus.tokenizer
     if source is not None:
         if args.config:
             raise ValueError("--init brings its own configuration; leave --config out")
@@ -321,7 +332,7 @@ def _config(args: argparse.Namespace, source: Path | None, corpus):
         # The vocabulary is the tokenizer's, but for the few tokens that published models pad it by.
         config, size = CONFIGS[name], tokenizer.vocab_size
         padded = config.vocab_size if 0 <= config.vocab_size - size < 256 else size
-        ends = () if corpus.end is None else (corpus.end,)
+        ends = () if end is None else (end,)
         return dataclasses.replace(config, vocab_size=padded, eos_token_ids=ends)
     elif name.endswith(".json"):
         config = formats.config_from_dict(_files.read_json(Path(name)))
@@ -337,18 +348,20 @@ def _config(args: argparse.Namespace, source: Path | None, corpus):
     return config
 
 
+def _check_minutes(args: argparse.Namespace, world) -> None:
+    if not 0 < args.minutes < 1e7:
+        raise ValueError(f"--minutes must be positive and below 1e+07, got {args.minutes}")
+    if hasattr(args, "steps"):
+        raise ValueError("give --steps or --minutes, not both")
+    if world.size > 1:
+        raise ValueError("--minutes is for one process; give --steps")
+
+
 def _steps_in(args: argparse.Namespace, config, options, corpus, world) -> int:
     """How many steps take so many minutes here."""
     import recurra
     from recurra.train import Trainer
 
-    minutes = args.minutes
-    if not 0 < minutes < 1e7:
-        raise ValueError(f"--minutes must be positive, got {minutes}")
-    if hasattr(args, "steps"):
-        raise ValueError("give --steps or --minutes, not both")
-    if world.size > 1:
-        raise ValueError("--minutes is for one process; give --steps")
     trial = Trainer(config, options, corpus, world)
     if args.reference:
         trial.model.use_ops(recurra.reference)
@@ -358,4 +371,4 @@ def _steps_in(args: argparse.Namespace, config, options, corpus, world) -> int:
         trial.train_step()
         times.append(time.perf_counter() - begin)
     # The first ones find cold memory and sleeping threads.
-    return max(10, int(60 * minutes / sorted(times[2:])[1]))
+    return max(10, int(60 * args.minutes / sorted(times[2:])[1]))

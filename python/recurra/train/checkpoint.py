@@ -24,6 +24,8 @@ from recurra._files import CheckpointError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+LOCK = ".lock"  # of a run
+TOKENS = "tokens"  # of a run: what its text was made into
 _NAME = re.compile(r"step-([0-9]{8,18})")
 
 
@@ -238,21 +240,43 @@ def newest(root: Path, warn: Callable[[str], None] | None = None) -> Path | None
 
 @contextlib.contextmanager
 def alone(root: Path) -> Iterator[None]:
-    """Holds the folder of a run for this process, and clears what one before left unfinished.
+    """Holds the folder of a run for this process, and clears what one before left unfinished. A run
+    that is refused before it begins leaves nothing, not even the folder.
 
     Raises:
         OSError: another process holds it.
     """
-    import fcntl
-
+    new = [path for path in (root, *root.absolute().parents) if not path.exists()]
     root.mkdir(parents=True, exist_ok=True)
-    handle = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    before = set(root.iterdir())
+    handle = _lock(root)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(errno.EBUSY, "another process is training here", str(root)) from None
         clean(root)
         yield
     finally:
+        with contextlib.suppress(OSError):  # others may have found a use for the folder
+            own = {root / LOCK, root / TOKENS} - before
+            if root / LOCK in own and set(root.iterdir()) - before <= own:
+                for path in own:
+                    _delete(path) if path.is_dir() else path.unlink(missing_ok=True)
+                for path in new:
+                    path.rmdir()
+        os.close(handle)
+
+
+def _lock(root: Path) -> int:
+    """The open lock of a folder, this process's alone until it is closed."""
+    import fcntl
+
+    while True:
+        handle = os.open(root / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise OSError(errno.EBUSY, "another process is training here", str(root)) from None
+        # Whoever held it before may have deleted it since it was opened.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(root / LOCK)):
+                return handle
         os.close(handle)
