@@ -440,7 +440,9 @@ def _softmax_scan(draw: Draw, B: int, T: int, D: int, dtype: torch.dtype, packed
         "s": scores.to(dtype),
         "v": draw.normal(B, T, D, dtype=dtype),
         "h0": draw.maybe(state),
-        "decay": draw.maybe(lambda: draw.uniform(0, draw.choice((0.1, 2)), D, dtype=kind)),
+        "decay": draw.maybe(
+            lambda: draw.uniform(*draw.choice(((0, 0.1), (0, 2), (-0.3, 0.3))), D, dtype=kind)
+        ),
         "bonus": draw.maybe(lambda: draw.normal(D, dtype=kind)),
         "cu_seqlens": cu_seqlens,
     }

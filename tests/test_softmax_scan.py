@@ -13,11 +13,12 @@ every_form = pytest.mark.parametrize(("with_decay", "with_bonus"), FORMS)
 
 
 def _arguments(B, T, D, with_decay, with_bonus, dtype=torch.float64, seed=0):
+    """Every third decay is negative."""
     draw = Draw(seed)
     return {
         "s": 3 * draw.normal(B, T, D, dtype=dtype),
         "v": draw.normal(B, T, D, dtype=dtype),
-        "decay": draw.uniform(0, 0.3, D, dtype=dtype) if with_decay else None,
+        "decay": draw.uniform(-0.1, 0.2, D, dtype=dtype) if with_decay else None,
         "bonus": draw.normal(D, dtype=dtype) if with_bonus else None,
     }
 
@@ -235,6 +236,36 @@ def test_decays_too_large_for_numbers_forget_everything():
     for decay in (1e6, 1e36, torch.inf):
         o, last = softmax_scan(**{**args, "decay": torch.full((5,), decay)})
         assert same_bits(o, args["v"]) and last.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_bonus", [False, True], ids=["", "bonus"])
+@pytest.mark.parametrize("decay", [-1e3, -1e20, -1e36, -torch.inf], ids=str)
+def test_decays_far_below_zero_learn_nothing_after_the_first_score(dtype, decay, with_bonus):
+    """But for the second with a bonus, read before the state grows. No gradient is NaN."""
+    args = _arguments(2, 70, 18, False, with_bonus, dtype)
+    args["decay"] = torch.full((18,), decay)
+    args["s"][:, :5] = -torch.inf
+    given = {k: x.requires_grad_() for k, x in args.items() if x is not None}
+    o, last = softmax_scan(**args)
+    alone = [t for t in range(5, 70) if not (with_bonus and t == 6)]
+    first = args["v"][:, 5:6].expand(2, len(alone), 18)
+    assert not o[:, :5].any() and same_bits(o[:, alone], first) and last.isfinite().all()
+    assert same_bits(last[:, 1:], reference.softmax_scan(**args)[1][:, 1:])
+    grads = torch.autograd.grad(o[:, alone].float().sum() + last[:, 2].sum(), given.values())
+    assert all(g.isfinite().all() for g in grads)
+    to_v = dict(zip(given, grads, strict=True))["v"]
+    assert (to_v[:, 5] == len(alone) + 1).all()
+    assert not to_v[:, :5].any() and not to_v[:, 6:].any()
+    steps = torch.zeros(2, 3, 18, dtype=last.dtype)
+    steps[:, 0] = -torch.inf
+    parameters = {k: args[k].detach() for k in ("decay", "bonus") if args[k] is not None}
+    with torch.no_grad():
+        rows = [
+            softmax_scan_step(steps, args["s"][:, t], args["v"][:, t], **parameters)
+            for t in range(70)
+        ]
+    assert same_bits(torch.stack(rows, 1), o.detach()) and same_bits(steps, last.detach())
 
 
 def test_equal_scores_share_the_gradient_of_the_maximum():

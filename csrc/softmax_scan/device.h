@@ -39,9 +39,7 @@ struct Inputs {
 
   RECURRA_FN int64_t tasks() const { return sequences * parts * width; }
   // Zero where there is none.
-  RECURRA_FN T decay_at(int64_t c) const {
-    return decay.data ? at_most(kLargestDecay<T>, decay.at(c)) : T(0);
-  }
+  RECURRA_FN T decay_at(int64_t c) const { return decay.data ? limited_decay(decay.at(c)) : T(0); }
   RECURRA_FN T bonus_at(int64_t c) const { return bonus.data ? bonus.at(c) : T(0); }
   // The row of what is saved before chunk k of sequence n, as Sequences::chunk_row has it. Whatever
   // cu_seqlens are, it is one of chunk_rows().

@@ -101,7 +101,7 @@ struct Parameters {
     load(args.decay, channel, channels, decay);
     load(args.bonus, channel, channels, bonus);
     for (int64_t c = 0; c < channels; c += kLanes) {
-      const Vec<T> slower = at_most(Vec<T>(kLargestDecay<T>), Vec<T>::load(decay.x + c));
+      const Vec<T> slower = limited_decay(Vec<T>::load(decay.x + c));
       slower.store(decay.x + c);
       const Weights<Vec<T>> f = output_factors(slower, Vec<T>::load(bonus.x + c));
       f.x.store(factors[0].x + c);

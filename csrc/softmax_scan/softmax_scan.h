@@ -13,7 +13,7 @@
 // products are taken for them, unless one is below 1e-24, where f or g may have lost digits, or a
 // power is below 1e-10, where both may be so small that the terms of a tiny output lose theirs.
 // m is at least -1e38, which stands for -infinity and can be subtracted; it is that of the empty
-// state (-1e38, 0, 0).
+// state (-1e38, 0, 0). A decay may be negative: m then grows with time, all else is the same.
 //
 // Backward, with M, C, A the cotangents of the state after step t and y_t = do_t / c_t: what
 // depends on a state by its outputs alone does not change when m grows by d and c and a shrink by

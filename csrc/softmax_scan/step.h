@@ -7,11 +7,17 @@ namespace recurra::RECURRA_ISA::softmax {
 
 constexpr int kParts = 3;  // of a state: m, c, a
 
-// The maximum of an empty state, below that of any other; taking a decay away leaves it as it is.
+// The maximum of an empty state, below that of any other.
 template <class T>
 constexpr T kEmpty = T(-1e38);
-template <class T>
-constexpr T kLargestDecay = sizeof(T) == 4 ? T(1e30) : T(1e21);
+// A decay whose size is at most the largest that the empty state takes away without a change: its
+// weights are 0 or 1 all the same, and the infinite one of an empty state would not be a number.
+template <Plain V>
+RECURRA_FN V limited_decay(V decay) {
+  using T = Number<V>;
+  const T largest = sizeof(T) == 4 ? T(1e30) : T(1e21);
+  return at_least(V(-largest), at_most(V(largest), decay));
+}
 
 template <Plain V>
 struct State {

@@ -17,7 +17,7 @@ inline void softmax_inputs(Case& c, SoftmaxScanInputs& in, DType dtype, int64_t 
   in.s = c.input<3>("s", dtype, scores, far ? Range{-90, 90} : Range{-4, 4});
   in.v = c.input<3>("v", dtype, {batch, time, D});
   if (c.random.chance(60))
-    in.decay = c.input<1>("decay", parameter(c.random, dtype), {D}, {0, 0.5});
+    in.decay = c.input<1>("decay", parameter(c.random, dtype), {D}, {-0.25, 0.5});
   const Range bonus = far ? Range{-40, 40} : Range{};
   if (c.random.chance(60)) in.bonus = c.input<1>("bonus", parameter(c.random, dtype), {D}, bonus);
 }

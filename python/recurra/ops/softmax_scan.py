@@ -41,8 +41,8 @@ def softmax_scan(
             weight, and the sums of the weights and of the weighted values relative to it. An empty
             one when None, which is -1e38 and zeros; -infinity and zeros do as well. float32 for
             16-bit ``v``, otherwise the dtype of ``v``.
-        decay: (D,), by how much the logarithm of every weight falls in a step; at least 0. The
-            dtype of ``v`` or float32.
+        decay: (D,), by how much the logarithm of every weight falls in a step. Below 0 weights grow
+            with age, relative to newer ones. The dtype of ``v`` or float32.
         bonus: (D,), added to the score of a step in its own output, which is then made of the
             state before the step; without it the output is that of the state after the step. The
             dtype of ``v`` or float32.

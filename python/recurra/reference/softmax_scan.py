@@ -9,6 +9,8 @@ from recurra.reference._sequences import compute, slot_step, unpack
 
 # The maximum of a state that has seen nothing: -infinity, but a number.
 EMPTY = -1e38
+# Larger ones, infinity among them, would be seen in that state.
+_LARGEST_DECAY = {torch.float32: 1e30, torch.float64: 1e21}
 
 
 def _weights(*logarithms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,6 +37,9 @@ def softmax_scan(
     dtype = v.dtype
     s, v = compute(s), compute(v)
     decay, bonus = (None if p is None else p.to(v.dtype) for p in (decay, bonus))
+    if decay is not None:
+        largest = _LARGEST_DECAY[v.dtype]
+        decay = decay.clamp(-largest, largest)
     s = s.expand_as(v)
 
     def scan(span: slice, h: Tensor | None) -> tuple[Tensor, Tensor]:
