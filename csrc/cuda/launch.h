@@ -28,8 +28,10 @@ inline bool is_other_build(cudaError_t error) {
 // What this build has code for: by nvcc, 900 for sm_90.
 #define RECURRA_TEXT_OF(...) #__VA_ARGS__
 #define RECURRA_TEXT(...) RECURRA_TEXT_OF(__VA_ARGS__)
-#if !defined(__CUDA_ARCH_LIST__)
-#define __CUDA_ARCH_LIST__ 0
+#if defined(__CUDA_ARCH_LIST__)
+#define RECURRA_ARCHITECTURES RECURRA_TEXT(__CUDA_ARCH_LIST__)
+#else
+#define RECURRA_ARCHITECTURES "that its compiler does not name"
 #endif
 
 inline void check(cudaError_t error, const char* what) {
@@ -41,7 +43,7 @@ inline void check(cudaError_t error, const char* what) {
         "; the NVIDIA driver is older than the CUDA of this build: update it, or build with an "
         "older nvcc";
   } else if (is_other_build(error)) {
-    text += "; this build has code for architectures " RECURRA_TEXT(__CUDA_ARCH_LIST__);
+    text += "; this build has code for architectures " RECURRA_ARCHITECTURES;
     int device = 0, major = 0, minor = 0;
     if (cudaGetDevice(&device) == cudaSuccess &&
         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&

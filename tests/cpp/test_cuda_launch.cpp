@@ -36,8 +36,9 @@ void errors() {
     return std::string();
   };
   text = told(cudaErrorNoKernelImageForDevice);
-  CHECK(text.find("has code for architectures 0 and that GPU is 750: install") != text.npos, "%s",
-        text.c_str());
+  CHECK(text.find("architectures that its compiler does not name and that GPU is 750: install") !=
+            text.npos,
+        "%s", text.c_str());
   text = told(cudaErrorInsufficientDriver);
   CHECK(text.find("driver is older than the CUDA of this build") != text.npos, "%s", text.c_str());
   int ran = 0;
