@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) backward(const Backward<S> p) {
         });
     if (kSum == Sum::over_time && sums)
       store(p.partial.at(w.n * p.walks.parts + w.part, 0, place), total);
-    if (there && w.part == p.walks.parts - 1) store(p.dh0.at(w.n, w.c), carry);
+    if (there && w.ends) store(p.dh0.at(w.n, w.c), carry);
   }
 }
 

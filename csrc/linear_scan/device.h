@@ -56,9 +56,12 @@ struct Walks {
 };
 
 // What one thread walks: a channel of a part of a sequence. `first` is where its first step lies,
-// `start` how many steps of the sequence, which has `total`, come before.
+// `start` how many steps of the sequence, which has `total`, come before. `ends`: it has the last
+// of them, or is the first part of none: the parts behind it, which have no step, are not asked,
+// since an infinite state times one need not be that state.
 struct Walk {
   int64_t n, part, c, batch, first, start, length, total, by;
+  bool ends;
 };
 // Of threads for `width` channels and `parts` parts.
 RECURRA_FN Walk walk_of(const Walks& all, int64_t task, int64_t width, int64_t parts) {
@@ -72,6 +75,7 @@ RECURRA_FN Walk walk_of(const Walks& all, int64_t task, int64_t width, int64_t p
   const Part part = part_of(0, w.total, w.part, all.parts);
   w.start = part.begin;
   w.length = part.end - part.begin;
+  w.ends = part.end == w.total && (w.length > 0 || w.part == 0);
   w.by = all.backwards ? -1 : 1;
   w.first = w.length == 0 ? 0 : all.backwards ? e.end - 1 - w.start : e.begin + w.start;
   return w;

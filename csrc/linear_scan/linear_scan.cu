@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) forward(const Forward<S> p) {
           if constexpr (!kConstant) a.template read<batch.value>();
           b.template read<batch.value>();
         });
-    if (w.part == p.walks.parts - 1) store(p.h_last.at(w.n, w.c), h);
+    if (w.ends) store(p.h_last.at(w.n, w.c), h);
   }
 }
 

@@ -84,8 +84,8 @@ struct SplitBlocks {
 struct Exact {
   bool exact, zero, over;
 
-  explicit Exact(Case& c, bool may_overflow = false)
-      : exact(c.random.chance(30)),
+  Exact(Case& c, bool may_overflow, bool other)
+      : exact(!other && c.random.chance(30)),
         zero(exact && c.random.chance(50)),
         over(exact && !zero && may_overflow && c.random.chance(50)) {
     if (exact) c.dense();
@@ -161,22 +161,27 @@ inline void run_with_oracle(Case& c, const BlockScan& args, const SplitBlocks* s
   };
 }
 
-inline void block_scan_case(Case& c, const Shape& given) {
+inline Shape empty_first_blocks(const Shape& s) {
+  return {1, 40, std::min<int64_t>(s.channels, 2)};
+}
+
+inline void block_scan_case(Case& c, const Shape& given, bool infinite) {
   BlockScan args;
   const DType dtype = activation(c.random), state = state_of(dtype);
   const auto one_of = [&](int64_t n) { return c.random.chance(25) ? 1 : n; };
   const int64_t k = block_size(c.random);
-  const Exact exact(c, true);
-  const Shape s = exact.shape(block_shape(given, k));
+  const Exact exact(c, true, infinite);
+  const Shape s = infinite ? empty_first_blocks(given) : exact.shape(block_shape(given, k));
   const int64_t size[] = {s.batch, s.time, s.channels, k};
   args.reverse = c.random.chance(40);
-  args.sequences = c.sequences(s.batch, s.time);
+  args.sequences = infinite ? c.empty_first(s.time) : c.sequences(s.batch, s.time);
   const int64_t states[] = {args.sequences.count, s.channels, k};
   args.A = c.input<5>("A", dtype, {one_of(s.batch), one_of(s.time), one_of(s.channels), k, k},
                       {-0.6, 0.6});
   args.b = c.input<4>("b", dtype, size);
   args.h = c.output<4>("h", dtype, size);
-  if (c.random.chance(60)) args.h0 = c.input<3>("h0", state, states);
+  if (infinite || c.random.chance(60)) args.h0 = c.input<3>("h0", state, states);
+  if (infinite) c.make_infinite_first(args.h0);
   args.h_last = c.output<3>("h_last", state, states);
   const SplitBlocks split(c, args.sequences, args.b);
   if (exact.exact) {
@@ -185,6 +190,9 @@ inline void block_scan_case(Case& c, const Shape& given) {
   }
   run_with_oracle(c, args, &split);
 }
+
+inline void block_scan_case(Case& c, const Shape& s) { block_scan_case(c, s, false); }
+inline void infinite_block_scan_case(Case& c, const Shape& s) { block_scan_case(c, s, true); }
 
 inline void block_scan_step_case(Case& c, const Shape& given) {
   BlockScan args;
@@ -237,23 +245,24 @@ void block_scan_backward_oracle(const BlockScanBackward& args) {
   }
 }
 
-inline void block_scan_backward_case(Case& c, const Shape& given) {
+inline void block_scan_backward_case(Case& c, const Shape& given, bool infinite) {
   BlockScanBackward args;
   const DType dtype = activation(c.random), state = state_of(dtype);
   const auto one_of = [&](int64_t n) { return c.random.chance(25) ? 1 : n; };
   const int64_t k = block_size(c.random);
-  const Exact exact(c);
-  const Shape s = exact.shape(block_shape(given, k));
+  const Exact exact(c, false, infinite);
+  const Shape s = infinite ? empty_first_blocks(given) : exact.shape(block_shape(given, k));
   const int64_t size[] = {s.batch, s.time, s.channels, k};
   const int64_t matrices[] = {one_of(s.batch), one_of(s.time), one_of(s.channels), k, k};
   args.reverse = c.random.chance(40);
-  args.sequences = c.sequences(s.batch, s.time);
+  args.sequences = infinite ? c.empty_first(s.time) : c.sequences(s.batch, s.time);
   const int64_t states[] = {args.sequences.count, s.channels, k};
   args.A = c.input<5>("A", dtype, matrices, {-0.6, 0.6});
   args.h = c.input<4>("h", dtype, size);
   if (c.random.chance(60)) args.h0 = c.input<3>("h0", state, states);
   if (c.random.chance(80)) args.dh = c.input<4>("dh", dtype, size);
-  if (c.random.chance(60)) args.dh_last = c.input<3>("dh_last", state, states);
+  if (infinite || c.random.chance(60)) args.dh_last = c.input<3>("dh_last", state, states);
+  if (infinite) c.make_infinite_first(args.dh_last);
   args.dA = c.output<5>("dA", dtype, matrices);
   args.db = c.output<4>("db", dtype, size);
   args.dh0 = c.output<3>("dh0", state, states);
@@ -291,6 +300,13 @@ inline void block_scan_backward_case(Case& c, const Shape& given) {
     in_compute_type(args.h.dtype,
                     [&](auto zero) { block_scan_backward_oracle<decltype(zero)>(args); });
   };
+}
+
+inline void block_scan_backward_case(Case& c, const Shape& s) {
+  block_scan_backward_case(c, s, false);
+}
+inline void infinite_block_scan_backward_case(Case& c, const Shape& s) {
+  block_scan_backward_case(c, s, true);
 }
 
 // On the device no value of cu_seqlens or slots may lead out of the arrays, though sequences that

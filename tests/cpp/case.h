@@ -92,6 +92,11 @@ inline void store(char* p, DType d, double value) {
   write(static_cast<uint16_t>(bits | (std::signbit(value) ? 0x8000 : 0)));
 }
 
+// Of the parts of a complex number.
+inline DType real_of(DType d) {
+  return d == DType::c64 ? DType::f32 : d == DType::c128 ? DType::f64 : d;
+}
+
 struct Range {
   double low = -1, high = 1;
 };
@@ -192,6 +197,22 @@ class Case {
     return {count, time, integers("offsets", ends)};
   }
 
+  // Two packed sequences, of which the first has no step and hands its state on as it is, infinite
+  // numbers too, however many parts time is split into.
+  Sequences empty_first(int64_t time) {
+    dense();
+    return {2, time, integers("offsets", {0, 0, time})};
+  }
+  template <int N>
+  void make_infinite_first(const View<N>& states) {
+    int64_t count = 1;
+    for (int n = 1; n < N; ++n) count *= states.size[n];
+    const DType part = real_of(states.dtype);
+    for (int64_t i = 0; i < count; ++i)
+      if (random.chance(60))
+        store(static_cast<char*>(states.data) + i * item_size(states.dtype), part, INFINITY);
+  }
+
   void remember() {
     for (auto& a : arrays_) a->initial.assign(a->data(), a->data() + a->size());
   }
@@ -236,7 +257,10 @@ class Case {
   static double largest(const Array& a, const std::vector<char>& bytes) {
     double out = 0;
     for (size_t i = 0; i < a.size(); ++i)
-      if (a.element[i] == 1) out = std::fmax(out, std::fabs(load(&bytes[i], a.dtype)));
+      if (a.element[i] == 1) {
+        const double size = std::fabs(load(&bytes[i], a.dtype));
+        if (std::isfinite(size)) out = std::fmax(out, size);
+      }
     return out;
   }
   Array& add(const char* name, Array::Role role, DType dtype, size_t size) {
@@ -272,7 +296,7 @@ class Case {
     const int64_t item = item_size(dtype), elements = count ? high - low + 1 + 2 * margin : 0;
     // A complex number is filled and compared as its two parts.
     const int parts = is_complex(dtype) ? 2 : 1;
-    const DType part = dtype == DType::c64 ? DType::f32 : dtype == DType::c128 ? DType::f64 : dtype;
+    const DType part = real_of(dtype);
     Array& array = add(name, role, part, static_cast<size_t>(elements * item));
     for (size_t i = 0; i < array.size(); ++i)
       array.data()[i] = plain ? 0 : static_cast<char>(random.next());

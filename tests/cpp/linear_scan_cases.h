@@ -44,18 +44,23 @@ struct Split {
   }
 };
 
-inline void linear_scan_case(Case& c, const Shape& s) {
+inline Shape empty_first_shape(const Shape& s) { return {1, 96, std::min<int64_t>(s.channels, 3)}; }
+
+inline void linear_scan_case(Case& c, const Shape& any, bool infinite) {
   LinearScan args;
+  const Shape s = infinite ? empty_first_shape(any) : any;
   const DType dtype = real_or_complex(c.random), state = state_of(dtype);
   const auto one_of = [&](int64_t n) { return c.random.chance(25) ? 1 : n; };
   args.log_a = c.random.chance(40);
   args.reverse = c.random.chance(40);
-  args.sequences = c.sequences(s.batch, s.time);
+  args.sequences = infinite ? c.empty_first(s.time) : c.sequences(s.batch, s.time);
   args.a = c.input<3>("a", dtype, {one_of(s.batch), one_of(s.time), one_of(s.channels)},
                       gates(args.log_a));
   args.b = c.input<3>("b", dtype, {s.batch, s.time, s.channels});
   args.h = c.output<3>("h", dtype, {s.batch, s.time, s.channels});
-  if (c.random.chance(60)) args.h0 = c.input<2>("h0", state, {args.sequences.count, s.channels});
+  if (infinite || c.random.chance(60))
+    args.h0 = c.input<2>("h0", state, {args.sequences.count, s.channels});
+  if (infinite) c.make_infinite_first(args.h0);
   args.h_last = c.output<2>("h_last", state, {args.sequences.count, s.channels});
   View<1> offsets;
   if (args.sequences.offsets)
@@ -85,6 +90,9 @@ inline void linear_scan_case(Case& c, const Shape& s) {
     });
   };
 }
+
+inline void linear_scan_case(Case& c, const Shape& s) { linear_scan_case(c, s, false); }
+inline void infinite_linear_scan_case(Case& c, const Shape& s) { linear_scan_case(c, s, true); }
 
 inline std::vector<int64_t> hostile_ends(Random& random, int64_t time) {
   std::vector<int64_t> ends(static_cast<size_t>(1 + random.below(6)));
@@ -133,21 +141,23 @@ inline void emulate_backward(Case& c, LinearScanBackward args, const View<1>& of
   };
 }
 
-inline void linear_scan_backward_case(Case& c, const Shape& s) {
+inline void linear_scan_backward_case(Case& c, const Shape& any, bool infinite) {
   LinearScanBackward args;
+  const Shape s = infinite ? empty_first_shape(any) : any;
   const DType dtype = real_or_complex(c.random), state = state_of(dtype);
   const auto one_of = [&](int64_t n) { return c.random.chance(20) ? 1 : n; };
   const int64_t size[] = {s.batch, s.time, s.channels};
   const int64_t gate[] = {one_of(s.batch), one_of(s.time), one_of(s.channels)};
   args.log_a = c.random.chance(40);
   args.reverse = c.random.chance(40);
-  args.sequences = c.sequences(s.batch, s.time);
+  args.sequences = infinite ? c.empty_first(s.time) : c.sequences(s.batch, s.time);
   const int64_t states[] = {args.sequences.count, s.channels};
   args.a = c.input<3>("a", dtype, gate, gates(args.log_a));
   args.h = c.input<3>("h", dtype, size);
   if (c.random.chance(60)) args.h0 = c.input<2>("h0", state, states);
   if (c.random.chance(80)) args.dh = c.input<3>("dh", dtype, size);
-  if (c.random.chance(60)) args.dh_last = c.input<2>("dh_last", state, states);
+  if (infinite || c.random.chance(60)) args.dh_last = c.input<2>("dh_last", state, states);
+  if (infinite) c.make_infinite_first(args.dh_last);
   args.da = c.output<3>("da", dtype, gate);
   args.db = c.output<3>("db", dtype, size);
   args.dh0 = c.output<2>("dh0", state, states);
@@ -188,6 +198,13 @@ inline void linear_scan_backward_case(Case& c, const Shape& s) {
            });
     });
   };
+}
+
+inline void linear_scan_backward_case(Case& c, const Shape& s) {
+  linear_scan_backward_case(c, s, false);
+}
+inline void infinite_linear_scan_backward_case(Case& c, const Shape& s) {
+  linear_scan_backward_case(c, s, true);
 }
 
 inline void hostile_backward_case(Case& c, const Shape& s) {

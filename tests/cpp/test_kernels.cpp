@@ -80,6 +80,10 @@ constexpr Op kOps[] = {
     {"hostile_slots", hostile_slots_case, {1, 300, 512}},
     {"hostile_selective_scan", hostile_selective_scan_case, {1, 300, 512}},
     {"hostile_selective_scan_backward", hostile_selective_scan_backward_case, {1, 300, 512}, 4},
+    {"infinite_linear_scan", infinite_linear_scan_case, {1, 96, 3}, 8},
+    {"infinite_linear_scan_backward", infinite_linear_scan_backward_case, {1, 96, 3}, 8},
+    {"infinite_block_scan", infinite_block_scan_case, {1, 40, 2}, 8},
+    {"infinite_block_scan_backward", infinite_block_scan_backward_case, {1, 40, 2}, 8},
     {"infinite_selective_scan", infinite_selective_scan_case, {1, 96, 33}, 8},
     {"infinite_selective_scan_backward", infinite_selective_scan_backward_case, {1, 96, 33}, 8},
 };
