@@ -14,6 +14,10 @@
 #include <string>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "view.h"
 
 namespace recurra::test {
@@ -101,19 +105,45 @@ struct Range {
   double low = -1, high = 1;
 };
 
-// One array: a buffer of the exact size and which bytes of it are elements.
+// One array: a buffer of the exact size and which bytes of it are elements. Or several such pieces,
+// far apart in memory of which nothing but them is touched: more is reserved than any machine has.
 class Array {
  public:
   enum class Role { input, output, scratch };
 
-  Array(std::string name, Role role, size_t size) : name(std::move(name)), role(role), size_(size) {
+  Array(std::string name, Role role, size_t size) : Array(std::move(name), role, size, 1, size) {}
+  // Pieces of a size, whose begins are `apart` bytes from each other.
+  Array(std::string name, Role role, size_t piece, size_t pieces, size_t apart)
+      : name(std::move(name)),
+        role(role),
+        piece_(std::max<size_t>(piece, 1)),
+        apart_(std::max<size_t>(apart, 1)),
+        size_(piece * pieces),
+        data_(nullptr, Free{pieces > 1 ? apart * (pieces - 1) + piece : 0}) {
     void* memory = nullptr;
-    if (posix_memalign(&memory, 64, size) != 0) throw std::bad_alloc();
+    if (pieces > 1) {
+      memory = reserve(apart * (pieces - 1) + piece);
+    } else if (posix_memalign(&memory, 64, piece) != 0) {
+      throw std::bad_alloc();
+    }
     data_.reset(static_cast<char*>(memory));
-    element.assign(size, 0);
+    element.assign(size_, 0);
   }
-  char* data() const { return data_.get(); }
+  // Of all pieces, one after the other.
   size_t size() const { return size_; }
+  char* at(size_t i) const { return data_.get() + i / piece_ * apart_ + i % piece_; }
+  size_t index(const char* p) const {
+    const auto offset = static_cast<size_t>(p - data_.get());
+    return offset / apart_ * piece_ + offset % apart_;
+  }
+  std::vector<char> bytes() const {
+    std::vector<char> all(size_);
+    for (size_t i = 0; i < size_; i += piece_) std::copy_n(at(i), piece_, &all[i]);
+    return all;
+  }
+  void restore() const {
+    for (size_t i = 0; i < size_; i += piece_) std::copy_n(&initial[i], piece_, at(i));
+  }
 
   std::string name;
   Role role;
@@ -122,10 +152,23 @@ class Array {
   std::vector<char> initial;
 
  private:
+#if defined(__linux__)
+  static void* reserve(size_t size) {
+    void* const memory = mmap(nullptr, size, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    return memory;
+  }
+  static void release(void* memory, size_t size) { munmap(memory, size); }
+#else
+  static void* reserve(size_t) { throw std::bad_alloc(); }
+  static void release(void*, size_t) {}
+#endif
   struct Free {
-    void operator()(char* p) const { std::free(p); }
+    size_t reserved;
+    void operator()(char* p) const { reserved > 0 ? release(p, reserved) : std::free(p); }
   };
-  size_t size_;
+  size_t piece_, apart_, size_;
   std::unique_ptr<char, Free> data_;
 };
 
@@ -151,6 +194,8 @@ class Case {
   }
   // Contiguous arrays from now on, for a kernel that takes no others.
   void dense() { dense_ = true; }
+  // Most arrays have more than 2^31 elements between neighbours along one of their dimensions.
+  void far() { far_ = true; }
   // One that it writes, or updates; `plain`: contiguous and zero, as a scratch array is.
   template <int N>
   View<N> output(const char* name, DType dtype, const int64_t (&size)[N], bool plain = false) {
@@ -171,9 +216,9 @@ class Case {
   }
   const int64_t* integers(const char* name, const std::vector<int64_t>& values) {
     Array& array = add(name, Array::Role::input, DType::i64, values.size() * sizeof(int64_t));
-    std::copy(values.begin(), values.end(), reinterpret_cast<int64_t*>(array.data()));
+    std::copy(values.begin(), values.end(), reinterpret_cast<int64_t*>(array.at(0)));
     std::fill(array.element.begin(), array.element.end(), 2);
-    return reinterpret_cast<const int64_t*>(array.data());
+    return reinterpret_cast<const int64_t*>(array.at(0));
   }
   // The same values as a one-dimensional array of int32 or int64.
   View<1> indices(const char* name, const int64_t* values, int64_t count) {
@@ -181,10 +226,10 @@ class Case {
     Array& array = add(name, Array::Role::input, dtype, count * item_size(dtype));
     for (int64_t i = 0; i < count; ++i)
       if (dtype == DType::i32)
-        reinterpret_cast<int32_t*>(array.data())[i] = static_cast<int32_t>(values[i]);
+        reinterpret_cast<int32_t*>(array.at(0))[i] = static_cast<int32_t>(values[i]);
       else
-        reinterpret_cast<int64_t*>(array.data())[i] = values[i];
-    return {array.data(), dtype, {count}, {1}};
+        reinterpret_cast<int64_t*>(array.at(0))[i] = values[i];
+    return {array.at(0), dtype, {count}, {1}};
   }
   // Sequences of a (B, T, ...) array, packed ones when B is 1 and chance has it.
   Sequences sequences(int64_t batch, int64_t time) {
@@ -214,22 +259,22 @@ class Case {
   }
 
   void remember() {
-    for (auto& a : arrays_) a->initial.assign(a->data(), a->data() + a->size());
+    for (auto& a : arrays_) a->initial = a->bytes();
   }
   void restore() {
-    for (auto& a : arrays_) std::copy(a->initial.begin(), a->initial.end(), a->data());
+    for (auto& a : arrays_) a->restore();
   }
   // Throws unless inputs and the gaps of outputs are as they were.
   void check_untouched() const {
     for (const auto& a : arrays_)
       for (size_t i = 0; i < a->size(); ++i)
-        if (a->data()[i] != a->initial[i] && (a->role == Array::Role::input || !a->element[i]))
+        if (*a->at(i) != a->initial[i] && (a->role == Array::Role::input || !a->element[i]))
           throw std::runtime_error(a->name + " was written at byte " + std::to_string(i) + " of " +
                                    std::to_string(a->size()) + ", which is not an output");
   }
   std::vector<std::vector<char>> results() const {
     std::vector<std::vector<char>> all;
-    for (const auto& a : arrays_) all.emplace_back(a->data(), a->data() + a->size());
+    for (const auto& a : arrays_) all.push_back(a->bytes());
     return all;
   }
   // Throws unless the outputs are `wanted` bit for bit, any NaN being like any other, or differ by
@@ -241,9 +286,8 @@ class Case {
       const auto item = static_cast<size_t>(item_size(a.dtype));
       const double bound = within > 0 ? within * largest(a, wanted[n]) : 0;
       for (size_t i = 0; i < a.size(); ++i) {
-        if (a.element[i] != 1 || std::equal(&wanted[n][i], &wanted[n][i] + item, a.data() + i))
-          continue;
-        const double want = load(&wanted[n][i], a.dtype), got = load(a.data() + i, a.dtype);
+        if (a.element[i] != 1 || std::equal(&wanted[n][i], &wanted[n][i] + item, a.at(i))) continue;
+        const double want = load(&wanted[n][i], a.dtype), got = load(a.at(i), a.dtype);
         if ((want != want && got != got) || std::fabs(want - got) <= bound) continue;
         char text[128];
         std::snprintf(text, sizeof text, " at byte %zu of %zu: %a instead of %a", i, a.size(), got,
@@ -263,8 +307,9 @@ class Case {
       }
     return out;
   }
-  Array& add(const char* name, Array::Role role, DType dtype, size_t size) {
-    arrays_.push_back(std::make_unique<Array>(name, role, size));
+  Array& add(const char* name, Array::Role role, DType dtype, size_t size, size_t pieces = 1,
+             size_t apart = 0) {
+    arrays_.push_back(std::make_unique<Array>(name, role, size, pieces, apart));
     arrays_.back()->dtype = dtype;
     return *arrays_.back();
   }
@@ -279,9 +324,11 @@ class Case {
     const bool odd = !plain && !dense_ && random.chance(60);
     if (odd)
       for (int n = N - 1; n > 0; --n) std::swap(order[n], order[random.below(n + 1)]);
+    const int far = !plain && !dense_ && far_ ? far_dimension(size) : -1;
     int64_t step = odd && random.chance(20) ? 1 + random.below(3) : 1, low = 0, high = 0;
     for (int n : order) {
       view.size[n] = size[n];
+      if (n == far) continue;
       view.stride[n] = odd && random.chance(15) ? -step : step;
       if (odd && role == Array::Role::input && random.chance(10)) view.stride[n] = 0;
       const int64_t reach = std::max<int64_t>(size[n] - 1, 0) * view.stride[n];
@@ -289,6 +336,9 @@ class Case {
       if (view.stride[n] != 0)
         step *= std::max<int64_t>(size[n], 1) + (odd && random.chance(30) ? random.below(9) : 0);
     }
+    const int64_t apart = (int64_t{1} << 31) + 64, pieces = far < 0 ? 1 : size[far];
+    const bool turned = far >= 0 && random.chance(15);
+    if (far >= 0) view.stride[far] = turned ? -apart : apart;
     int64_t count = 1;
     for (int64_t s : size) count *= s;
     // Mostly no margin, for the sanitizer to see the first element too far.
@@ -297,10 +347,12 @@ class Case {
     // A complex number is filled and compared as its two parts.
     const int parts = is_complex(dtype) ? 2 : 1;
     const DType part = real_of(dtype);
-    Array& array = add(name, role, part, static_cast<size_t>(elements * item));
+    Array& array = add(name, role, part, static_cast<size_t>(elements * item),
+                       static_cast<size_t>(pieces), static_cast<size_t>(apart * item));
     for (size_t i = 0; i < array.size(); ++i)
-      array.data()[i] = plain ? 0 : static_cast<char>(random.next());
-    view.data = array.data() + (count ? (margin - low) * item : 0);
+      *array.at(i) = plain ? 0 : static_cast<char>(random.next());
+    view.data = array.at(0) + (count ? (margin - low) * item : 0) +
+                (turned ? (pieces - 1) * apart * item : 0);
     if (!count) return view;
     int64_t index[N] = {};
     for (int64_t i = 0; i < count; ++i) {
@@ -308,8 +360,9 @@ class Case {
       for (int n = 0; n < N; ++n) offset += index[n] * view.stride[n];
       char* at = static_cast<char*>(view.data) + offset * item;
       for (int each = 0; each < parts; ++each, at += item_size(part)) {
-        std::fill_n(&array.element[static_cast<size_t>(at - array.data())], item_size(part), 2);
-        array.element[static_cast<size_t>(at - array.data())] = 1;
+        const size_t place = array.index(at);
+        std::fill_n(&array.element[place], item_size(part), 2);
+        array.element[place] = 1;
         if (!plain && !any_bytes_) {
           const double value = random.uniform(range.low, range.high);
           store(at, part, part == DType::f64 ? value : static_cast<float>(value));
@@ -320,7 +373,18 @@ class Case {
     return view;
   }
 
-  bool any_bytes_, dense_ = false;
+  // One of some length, if there is any; each of its elements touches a page of memory.
+  template <int N>
+  int far_dimension(const int64_t (&size)[N]) {
+    int64_t count = 1;
+    for (int64_t s : size) count *= s;
+    const int n = static_cast<int>(random.below(N));
+    for (int i = 0; i < N && count > 0; ++i)
+      if (const int64_t s = size[(n + i) % N]; s > 1 && s <= 80) return (n + i) % N;
+    return -1;
+  }
+
+  bool any_bytes_, dense_ = false, far_ = false;
   std::vector<std::unique_ptr<Array>> arrays_;
   std::vector<std::unique_ptr<char[]>> scratch_;
 };
