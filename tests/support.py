@@ -234,6 +234,30 @@ def everything(op, args: Arguments, cots=None) -> list[tuple[str, Tensor]]:
     ]
 
 
+def far_apart(x: Tensor, axis: int, stride: int, reserve: Callable) -> Tensor:
+    """The tensor with neighbours along an axis so many elements apart, and the others as they lie
+    in a contiguous one; ``reserve(count, dtype)`` gives the memory from its first to its last."""
+    if x.dim() <= axis or x.shape[axis] < 2:
+        return x
+    strides, step = [0] * x.dim(), 1
+    for n in reversed(range(x.dim())):
+        strides[n], step = (stride, step) if n == axis else (step, step * x.shape[n])
+    last = sum(s * (n - 1) for s, n in zip(strides, x.shape, strict=True))
+    return reserve(last + 1, x.dtype).as_strided(x.shape, strides).copy_(x)
+
+
+def far_inputs(op, axis: str, far: Callable[[Tensor, int], Tensor]) -> Callable:
+    """``far(x, n)`` of a named argument, with n its axis B, T or D; itself where it has none. That
+    of the batch is also the one of states."""
+
+    def one(k: str, x: Tensor) -> Tensor:
+        where = op.layout(k, x).find(axis)
+        where = op.layout(k, x).find("S") if where < 0 and axis == "B" else where
+        return x if where < 0 else far(x, where)
+
+    return one
+
+
 # ---- comparing --------------------------------------------------------------------------------
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

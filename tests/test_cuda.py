@@ -22,6 +22,8 @@ from support import (
     cotangents,
     evaluate,
     everything,
+    far_apart,
+    far_inputs,
     is_index,
     laid_out,
     replaced,
@@ -32,6 +34,8 @@ from support import (
 )
 
 DEVICE = "cuda"
+FAR = 2**31
+ROW = 1021, 2048  # steps and channels of what has more than FAR elements
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -419,6 +423,88 @@ def test_more_than_two_billion_elements():
     a = torch.ones(1, 1, 1, dtype=torch.bfloat16, device=DEVICE)
     h, h_last = recurra.linear_scan(a, b)
     assert (h_last == 3).all() and (h[:, -1] == 3).all() and (h[:, -2] == 2).all()
+
+
+@pytest.fixture(scope="module")
+def far_memory():
+    """Memory for :func:`far_apart` of small tensors, all beside one another."""
+    needed = (FAR + (1 << 24)) * 8  # complex states are the widest
+    if torch.cuda.mem_get_info()[0] < needed + (2 << 30):
+        pytest.skip("needs 19 GiB of free device memory")
+    memory = torch.empty(needed, dtype=torch.uint8, device=DEVICE)
+
+    def place(slot: int):
+        begin = slot << 20
+        return lambda count, dtype: memory[begin : begin + count * dtype.itemsize].view(
+            dtype
+        )  # fails past the end
+
+    return place
+
+
+@every_table_op
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("axis", "BTD")
+def test_strides_beyond_2_to_the_31(op, dtype, axis, far_memory):
+    """Inputs and cotangents whose last element is more than 2^31 from the first have the bits of
+    compact ones."""
+    for seed in range(2):
+        args = _moved(op.make(Draw(seed), 2, 3, 3, dtype, False))
+        cots = [c.to(DEVICE) for c in cotangents(op.function(**args))]
+        slots = iter(range(40))
+
+        def far(x, n, slots=slots):
+            return far_apart(x, n, FAR // max(x.shape[n] - 1, 1) + 64, far_memory(next(slots)))
+
+        spread = replaced(args, far_inputs(op, axis, far))
+        got = everything(op, spread, [far(cots[0], "BTD".index(axis)), *cots[1:]])
+        assert_same(got, everything(op, args, cots), f"{axis} of {op.name}, seed {seed}")
+
+
+@every_table_op
+def test_step_states_beyond_2_to_the_31(op, far_memory):
+    args = _moved(with_state(op, op.make(Draw(5), 3, 1, 5, torch.float32, False)))
+    given = step_arguments(op, args, 0)
+    state = args[op.state]
+    far = far_apart(state, 0, FAR // 2 + 64, far_memory(0))
+    slots = torch.tensor([2, -1, 1], device=DEVICE)
+    got, want = op.step(far, **given, slots=slots), op.step(state, **given, slots=slots)
+    assert same_bits(got, want) and same_bits(far, state)
+
+
+@every_table_op
+def test_more_than_two_billion_elements_of_every_result(op):
+    """Rows that are all alike, in inputs that lie once in memory, have outputs and gradients that
+    are all alike, and those of few rows within rounding: sums may be cut otherwise there."""
+    time, channels = ROW
+    one = _moved(op.make(Draw(41), 1, time, channels, torch.bfloat16, False))
+
+    def repeated(args, rows):
+        def expanded(x, n):
+            return x.expand(*x.shape[:n], rows, *x.shape[n + 1 :])
+
+        return replaced(args, far_inputs(op, "B", expanded))
+
+    cots = [c[:1].to(DEVICE) for c in cotangents(op.function(**repeated(one, 2)))]
+    few = everything(op, repeated(one, 2), [c.expand(2, *c.shape[1:]) for c in cots])
+    rows = FAR // few[0][1][0].numel() + 2
+    needed = sum(x.nbytes // 2 * rows for _, x in few if x.shape[:1] == (2,))
+    gc.collect()
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 2 * needed:  # saved states and partial sums as well
+        pytest.skip(f"needs {2 * needed / 2**30:.0f} GiB of free device memory")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # new memory is NaN
+    try:
+        many = everything(op, repeated(one, rows), [c.expand(rows, *c.shape[1:]) for c in cots])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for (name, x), (_, y) in zip(many, few, strict=True):
+        if (x.shape[:1], y.shape[:1]) != ((rows,), (2,)):
+            continue
+        for row in (rows // 2, rows - 1):
+            assert same_bits(x[row], x[0]), f"{name}, row {row}"
+        size = y[0].float().abs().max().item()
+        torch.testing.assert_close(x[0].float(), y[0].float(), rtol=0.05, atol=0.05 * size)
 
 
 def test_out_of_memory_leaves_everything_usable():

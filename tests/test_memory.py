@@ -20,6 +20,8 @@ from support import (
     cotangents,
     describe,
     everything,
+    far_apart,
+    far_inputs,
     replaced,
     run_python,
     step_arguments,
@@ -114,16 +116,7 @@ def _reserve(count: int, dtype: torch.dtype) -> torch.Tensor:
 
 def _far(x: torch.Tensor, axis: int) -> torch.Tensor:
     """The tensor with more than 2^31 elements between neighbours along an axis."""
-    if x.dim() <= axis or x.shape[axis] < 2:
-        return x
-    stride = 2**31 + 64
-    order = [n for n in reversed(range(x.dim())) if n != axis]
-    strides, step = [0] * x.dim(), 1
-    for n in order:
-        strides[n], step = step, step * x.shape[n]
-    strides[axis] = stride
-    last = sum(s * (n - 1) for s, n in zip(strides, x.shape, strict=True))
-    return _reserve(last + 1, x.dtype).as_strided(x.shape, strides).copy_(x)
+    return far_apart(x, axis, 2**31 + 64, _reserve)
 
 
 @every_op
@@ -133,12 +126,7 @@ def test_strides_beyond_2_to_the_31(op, dtype, axis):
     """Every input and cotangent with a huge stride along B, T or D equals its compact copy."""
     for seed in range(3):
         args = op.make(Draw(seed), 2, 3, 3, dtype, False)
-
-        def far(k, x):
-            where = op.layout(k, x).find(axis)
-            where = op.layout(k, x).find("S") if where < 0 and axis == "B" else where
-            return x if where < 0 else _far(x, where)
-
+        far = far_inputs(op, axis, _far)
         cots = cotangents(op.function(**args))
         want = everything(op, args, cots)
         got = everything(op, replaced(args, far), [_far(cots[0], "BTD".index(axis)), cots[1]])
