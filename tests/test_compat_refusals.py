@@ -56,7 +56,7 @@ def norm(*args, **kwargs):
 # The sentence without the function, and the call.
 REFUSED = [
     # causal_conv1d
-    ('activation must be None or "silu", got "relu"', lambda: convolve(activation="relu")),
+    ('activation must be None, "silu" or "swish", got "relu"', lambda: convolve(activation="relu")),
     ("x must have shape (batch, dim, seqlen), got (3, 5)", lambda: convolve(X[0])),
     ("x must have dtype float32, float64, bfloat16 or float16, got int64",
      lambda: convolve(X.long())),
@@ -180,8 +180,9 @@ def test_wrong_calls_get_a_sentence(sentence, call):
 
 # What is wrong beside a call that is right; for conv_state and state a shape.
 CONV_STEPS = [
-    ({"x": X[..., 0], "activation": "relu"}, 'activation must be None or "silu", got "relu"'),
-    ({"activation": "relu"}, 'activation must be None or "silu", got "relu"'),
+    ({"x": X[..., 0], "activation": "relu"},
+     'activation must be None, "silu" or "swish", got "relu"'),
+    ({"activation": "relu"}, 'activation must be None, "silu" or "swish", got "relu"'),
     ({"x": X[..., 0], "bias": torch.zeros(4)}, "bias must have shape (dim,) = (3,), got (4,)"),
     ({"weight": WEIGHT[:2]}, "weight must have shape (dim, width) with dim = 3"),
     ({"conv_state": (2, 3, 2)}, "state_len must be at least width - 1 = 3, got 2"),

@@ -147,9 +147,11 @@ def check_written(op: str, name: str, x: Tensor) -> None:
         fail(op, f"{name} is written in place and must not be expanded, got strides {steps}")
 
 
-def activation(name: str | None) -> str | None:
-    """``"swish"`` is another name of ``"silu"``; what else there is the ops refuse."""
-    return "silu" if name == "swish" else name
+def activation(op: str, name: str | None) -> str | None:
+    """What our ops call an activation: ``"swish"`` is another name of ``"silu"``."""
+    if name not in (None, "silu", "swish"):
+        fail(op, f'activation must be None, "silu" or "swish", got "{name}"')
+    return name and "silu"
 
 
 def last_inputs(x: Tensor, cu_seqlens: Tensor, width: int, before: Tensor | None = None) -> Tensor:

@@ -72,7 +72,7 @@ def causal_conv1d_fn(
     check_shape(name, "initial_states", initial_states, "(batch, dim, width - 1)", before)
     rows = x.transpose(1, 2)
     weight, bias = parameter(weight, x), parameter(bias, x)
-    silu = _common.activation(activation)
+    silu = _common.activation(name, activation)
     op = kernels(x).causal_conv1d
     if seq_idx is not None:
         if initial_states is not None or return_final_states:
@@ -158,10 +158,11 @@ def causal_conv1d_update(
     length, before = conv_state.shape[2], weight.shape[1] - 1
     if length < before:
         fail(name, f"state_len must be at least width - 1 = {before}, got {length}")
+    silu = _common.activation(name, activation)
     one = cache_seqlens is None and x.shape[2] == 1
     in_place = conv_state_indices is None or conv_state.dtype == state_dtype(x.dtype)
     if one and in_place and not records_gradient(x, conv_state, weight, bias):
-        return _step(x, conv_state, weight, bias, activation, conv_state_indices)
+        return _step(x, conv_state, weight, bias, silu, conv_state_indices)
 
     rows = used = None
     if conv_state_indices is not None:
@@ -180,7 +181,7 @@ def causal_conv1d_update(
         parameter(weight, x),
         parameter(bias, x),
         state(h0.transpose(1, 2), x),
-        activation=_common.activation(activation),
+        activation=silu,
     )
     y = y.transpose(1, 2)
     new = x[..., max(x.shape[2] - length, 0) :].to(states.dtype)
@@ -219,7 +220,7 @@ def _check_state(name: str, x: Tensor, conv_state: Tensor, cache_seqlens, indice
     check_written(name, "conv_state", conv_state)
 
 
-def _step(x: Tensor, conv_state: Tensor, weight, bias, activation: str | None, slots) -> Tensor:
+def _step(x: Tensor, conv_state: Tensor, weight, bias, silu: str | None, slots) -> Tensor:
     """One input a row, (B, D, 1)."""
     rows = conv_state.transpose(1, 2)
     h = state(rows, x)
@@ -228,7 +229,7 @@ def _step(x: Tensor, conv_state: Tensor, weight, bias, activation: str | None, s
         x[..., 0],
         parameter(weight, x),
         parameter(bias, x),
-        activation=_common.activation(activation),
+        activation=silu,
         slots=slots,
     )
     if h is not rows:
@@ -253,7 +254,8 @@ def causal_conv1d_ref(
     whole = torch.cat([initial_states.to(wide), x.to(wide)], -1)
     bias = None if bias is None else bias.to(wide)
     y = F.conv1d(whole, weight.to(wide)[:, None], bias, groups=x.shape[1])
-    y = _activate(y, activation, "causal_conv1d_ref").to(dtype)
+    silu = _common.activation("causal_conv1d_ref", activation)
+    y = (y if silu is None else F.silu(y)).to(dtype)
     if not return_final_states:
         return y
     final = whole[..., whole.shape[2] - before :].to(dtype)
@@ -290,10 +292,3 @@ def causal_conv1d_update_ref(
         args = (x[..., t : t + 1], weight, bias, recent)
         outputs.append(causal_conv1d_ref(*args, activation=activation))
     return torch.cat(outputs, -1)
-
-
-def _activate(y: Tensor, activation: str | None, name: str) -> Tensor:
-    activation = _common.activation(activation)
-    if activation not in (None, "silu"):
-        fail(name, f'activation must be None or "silu", got "{activation}"')
-    return y if activation is None else F.silu(y)

@@ -79,7 +79,7 @@ def causal_conv1d(
         parameter(weight, x),
         parameter(bias, x),
         h0,
-        activation=_common.activation(activation),
+        activation=_common.activation(op, activation),
         cu_seqlens=cu_seqlens,
     )
     y = y.reshape(shape)
