@@ -328,6 +328,10 @@ def test_refused_step_leaves_the_state(wrong):
     with pytest.raises(RuntimeError):
         conv.causal_conv1d_update(**(arguments | wrong))
     assert torch.equal(state, before)
+    if "activation" in wrong:
+        with pytest.raises(RuntimeError, match="causal_conv1d_update_ref: activation"):
+            causal_conv1d_interface.causal_conv1d_update_ref(**(arguments | wrong))
+        assert torch.equal(state, before)
 
 
 def test_steps_in_slots_record_gradients():

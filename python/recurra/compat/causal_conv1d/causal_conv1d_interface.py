@@ -276,6 +276,7 @@ def causal_conv1d_update_ref(
             x[..., None], conv_state, weight, bias, activation, cache_seqlens
         )
         return one[..., 0]
+    _common.activation("causal_conv1d_update_ref", activation)  # before the state changes
     before, length = weight.shape[1] - 1, conv_state.shape[2]
     outputs = []
     for t in range(x.shape[2]):
