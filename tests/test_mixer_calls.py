@@ -286,6 +286,60 @@ def test_steps_of_models_with_complex_states_compile():
         _assert_same(got, want)
 
 
+def _calls(mixer: torch.nn.Module, device: str) -> None:
+    """Every kind of call, long enough for a convolution."""
+    x = torch.randn(2, 80, WIDTH, device=device)
+    y, state = mixer(x)
+    assert y.shape == x.shape and y.device == x.device
+    y, state = mixer(x[:1], state, cu_seqlens=torch.tensor([0, 3, 80], device=device))
+    assert y.shape == (1, 80, WIDTH)
+    assert mixer.step(x[:, 0], state).shape == (2, WIDTH)
+    refused("x must have dtype float32, got bfloat16", lambda: mixer(x.bfloat16()))
+
+
+@every_form
+def test_calls_without_values(config):
+    _calls(config.make(WIDTH).to("meta"), "meta")
+    with FakeTensorMode():
+        _calls(config.make(WIDTH), "cpu")
+
+
+@every_form
+def test_mixers_are_mapped(config):
+    mixer, x = _mixer(config), _randn(3, 2, 5, WIDTH)
+    y = torch.func.vmap(lambda x: mixer(x)[0])(x)
+    _assert_same(y, [mixer(one)[0] for one in x])
+
+
+@pytest.mark.parametrize(
+    "config", [AttentionConfig(), LRUConfig(), RGLRUConfig()], ids=lambda c: c.kind
+)
+def test_steps_are_exported_for_any_batch(config):
+    mixer = _mixer(config)
+
+    class Step(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixer = mixer
+
+        def forward(self, x, *state):
+            return self.mixer.step(x, mixer.State(*state))
+
+    def given(batch: int) -> tuple[torch.Tensor, ...]:
+        state = mixer(_randn(batch, 4, WIDTH))[1]
+        return _randn(batch, WIDTH), *(s.detach() for s in state)
+
+    x, *state = given(2)
+    batch = {0: torch.export.Dim("B", min=2, max=64)}
+    program = torch.export.export(
+        Step(), (x, *state), dynamic_shapes=(batch, tuple(batch for _ in state))
+    )
+    x, *state = given(5)
+    wanted = mixer.State(*(s.clone() for s in state))
+    _assert_same([program.module()(x, *state)], [mixer.step(x, wanted)])
+    _assert_same(state, wanted)
+
+
 def test_models_are_made_of_fake_tensors_and_real_ones_after_them():
     config = LMConfig(d_model=16, n_layers=1, mixer=S5Config(d_state=14))
     with FakeTensorMode():

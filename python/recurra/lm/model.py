@@ -263,7 +263,7 @@ class LM(nn.Module):
             if slots is not None and not part.slotted:
                 raise ValueError(f"LM: a step of {type(part).__name__} takes no slots")
             # All of them, before one is changed.
-            part.check_state(given, len(x) if slots is None else None)
+            part.check_state(given, x.shape[0] if slots is None else None)
         states = iter(state)
         for block in self.layers:
             x = block.step(x, states, slots)

@@ -111,7 +111,9 @@ class Mixer(nn.Module):
             self._fail(f"x must have shape ({rows}, {self.d_model}), got {tuple(x.shape)}")
         dtype = self.dtype
         if x.dtype != dtype and not (
-            {x.dtype, dtype} <= CASTABLE and torch.is_autocast_enabled(x.device.type)
+            {x.dtype, dtype} <= CASTABLE
+            and not x.is_meta  # which has no autocast
+            and torch.is_autocast_enabled(x.device.type)
         ):
             self._fail(f"x must have dtype {dtype_name(dtype)}, got {dtype_name(x.dtype)}")
         return dtype
@@ -127,7 +129,7 @@ class Mixer(nn.Module):
         if x.shape[0] != 1:
             self._fail(f"x must have batch size B = 1 with cu_seqlens, got {tuple(x.shape)}")
         # Where values cannot be read, the ops read them when they run.
-        if type(cu_seqlens) is Tensor and not (cu_seqlens.is_meta or torch.compiler.is_compiling()):
+        if readable(cu_seqlens):
             try:
                 check_offsets(type(self).__name__, cu_seqlens, x.shape[1])
             except RuntimeError as error:
@@ -136,6 +138,11 @@ class Mixer(nn.Module):
 
     def _fail(self, message: str) -> None:
         raise ValueError(f"{type(self).__name__}: {message}")
+
+
+def readable(x: Tensor) -> bool:
+    """Whether there are values to look at: not in a graph, of a fake tensor or on "meta"."""
+    return type(x) is Tensor and not (x.is_meta or torch.compiler.is_compiling())
 
 
 class Kept:
@@ -150,10 +157,10 @@ class Kept:
 
     def __call__(self, make: Callable[[], T], *parameters: Tensor) -> T:
         """``make()``, or what it returned for equal parameters."""
-        # Comparing would wait for another device.
-        if torch.compiler.is_compiling() or not all(p.is_cpu for p in parameters):
-            return make()
         kept, now = self._kept, [p.detach() for p in parameters]
+        # Comparing would wait for another device.
+        if not all(p.is_cpu and readable(p) for p in now):
+            return make()
         if kept is None or not all(map(_same, kept[0], now)):
             # Copied first: what changes in between is seen at the next step.
             kept = self._kept = [p.clone() for p in now], make()

@@ -45,7 +45,7 @@ def earlier(
         # Copied: a view would keep the whole.
         last = whole[:, T:].to(past.dtype, copy=True)
         return tuple(whole[:, n : n + T] for n in range(K)), last
-    S, ends = len(past), cu_seqlens.long()
+    S, ends = past.shape[0], cu_seqlens.long()
     rows = torch.cat([past.to(x.dtype).flatten(0, 1), x[0]])
 
     def row(sequence: Tensor, n: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recurra._check import state_dtype
 from recurra.nn._config import MixerConfig, check_fields
-from recurra.nn._mixer import Mixer
+from recurra.nn._mixer import Mixer, readable
 from recurra.nn._positions import positions
 from recurra.nn._scan import apply_step
 
@@ -161,10 +161,10 @@ class Attention(Mixer):
         compiled = torch.compiler.is_compiling()
         # No more keys of the past than the rows have. Counting waits for a device.
         count = W - 1
-        if seen.is_cpu and not compiled:
+        if seen.is_cpu and readable(seen):
             count = min(count, int(seen.max()) if len(seen) else 0)
         slots = (seen[:, None] + torch.arange(-count, 0, device=seen.device)) % W
-        rows = torch.arange(len(seen), device=seen.device)[:, None]
+        rows = torch.arange(seen.shape[0], device=seen.device)[:, None]
         k = torch.cat([past.k[rows, slots].to(k.dtype), k], 1)
         v = torch.cat([past.v[rows, slots].to(v.dtype), v], 1)
         if compiled:
@@ -201,21 +201,34 @@ class Attention(Mixer):
 
     def _remember(self, k: Tensor, v: Tensor, past: AttentionState) -> AttentionState:
         """The state after T more inputs with these keys and values."""
-        W, T = self.config.window, k.shape[1]
-        last = torch.arange(max(0, T - W), T, device=k.device)
-        slots = ((past.seen[:, None] + last) % W)[..., None, None].expand(-1, -1, *k.shape[2:])
-        k, v = (
-            ring.scatter(1, slots, x[:, T - len(last) :].to(ring.dtype))
-            for ring, x in ((past.k, k), (past.v, v))
-        )
+        W, (B, T), seen = self.config.window, k.shape[:2], past.seen[:, None]
+        both = (past.k, k), (past.v, v)
+        if torch.compiler.is_compiling():
+            # For any T: a program would be one for those up to the window, or for those beyond.
+            at = self._in_ring(past.seen + T)
+            row = torch.where(at < seen, at % W, W + at - seen)
+            rows = torch.arange(B, device=row.device)[:, None]
+            k, v = (torch.cat([ring, x.to(ring.dtype)], 1)[rows, row] for ring, x in both)
+        else:
+            last = torch.arange(max(0, T - W), T, device=k.device)
+            slots = ((seen + last) % W)[..., None, None].expand(-1, -1, *k.shape[2:])
+            k, v = (
+                ring.scatter(1, slots, x[:, T - len(last) :].to(ring.dtype)) for ring, x in both
+            )
         return AttentionState(k, v, past.seen + T)
+
+    def _in_ring(self, seen: Tensor) -> Tensor:
+        """Which input is in each slot, (S, window), after so many of S sequences; below 0 where
+        none was."""
+        W, last = self.config.window, seen[:, None] - 1
+        return last - (last - torch.arange(W, device=seen.device)) % W
 
     def _packed_blocks(
         self, q: Tensor, k: Tensor, v: Tensor, past: AttentionState, cu_seqlens: Tensor
     ) -> tuple[Tensor, AttentionState]:
         """Attention of S packed sequences and their next state in one program, whatever their
         lengths: each stands behind the window - 1 inputs before it, in one long sequence."""
-        W, (S, T), seen = self.config.window, (len(past.seen), q.shape[1]), past.seen
+        W, (S, T), seen = self.config.window, (past.seen.shape[0], q.shape[1]), past.seen
         ends, device = cu_seqlens.long(), q.device
         starts, lengths = ends[:-1], ends.diff()
         k, v = (
@@ -244,11 +257,8 @@ class Attention(Mixer):
             v[each][None],
             there[None],
         )
-        # In its slot of the ring stands the last input so far, if there was one.
-        last = (seen + lengths - 1)[:, None]
-        at = last - (last - torch.arange(W, device=device)) % W
-        after = row(sequences[:, None], at)
-        state = AttentionState(k[after].to(past.k.dtype), v[after].to(past.v.dtype), seen + lengths)
+        kept = row(sequences[:, None], self._in_ring(seen + lengths))
+        state = AttentionState(k[kept].to(past.k.dtype), v[kept].to(past.v.dtype), seen + lengths)
         return y[:, queries], state
 
     def forward(
@@ -275,7 +285,7 @@ class Attention(Mixer):
         if cu_seqlens is None:
             y, state = self._local(q, k, v, state), self._remember(k, v, state)
             return self.out_proj(y), state
-        if torch.compiler.is_compiling():
+        if not readable(cu_seqlens):
             y, state = self._packed_blocks(q, k, v, state, cu_seqlens)
             return self.out_proj(y), state
         ends = cu_seqlens.tolist()
@@ -297,11 +307,11 @@ class Attention(Mixer):
         self.check_step(x, state)
         layers = self.q_proj, self.k_proj, self.v_proj
         q, k, v = self._heads(*(apply_step(m, x) for m in layers), state.seen)
-        W, rows = self.config.window, torch.arange(len(x), device=x.device)
+        W, rows = self.config.window, torch.arange(x.shape[0], device=x.device)
         state.k[rows, state.seen % W] = k.to(state.k.dtype)
         state.v[rows, state.seen % W] = v.to(state.v.dtype)
         count = W
-        if x.is_cpu and not torch.compiler.is_compiling():
+        if x.is_cpu and readable(state.seen):
             count = min(W, int(state.seen.max()) + 1) if len(x) else 0
         mask = torch.arange(count, device=x.device) <= state.seen[:, None]
         k, v = (x[:, :count].to(q.dtype) for x in (state.k, state.v))

@@ -71,11 +71,15 @@ class RGLRUState(NamedTuple):
 class _InputFactor(torch.autograd.Function):
     """sqrt(1 - a^2) from log a, exact near a = 1; the slope of the root is held to 1000 there."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, log_a: Tensor) -> Tensor:
-        factor = torch.expm1(2 * log_a).neg_().sqrt_()
-        ctx.save_for_backward(log_a, factor)
-        return factor
+    def forward(log_a: Tensor) -> Tensor:
+        return torch.expm1(2 * log_a).neg_().sqrt_()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
@@ -198,7 +202,7 @@ class RGLRU(Mixer):
             self.conv1d.bias,
             slots=slots,
         )
-        rows, here = (None, None) if slots is None else _rows(slots, len(state.seen))
+        rows, here = (None, None) if slots is None else _rows(slots, state.seen.shape[0])
         log_a, b = self._gates(
             u, (state.seen if rows is None else state.seen.index_select(0, rows)) == 0
         )

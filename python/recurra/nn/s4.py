@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from recurra._check import state_dtype
 from recurra.nn._complex import complex_scan, complex_step, to_complex, to_real
 from recurra.nn._config import MixerConfig, check_fields
-from recurra.nn._mixer import Kept
+from recurra.nn._mixer import Kept, readable
 from recurra.nn._scan import Apply, ScanMixer
 
 _VIEWS = ("auto", "recurrent", "convolution")
@@ -227,11 +227,11 @@ class StateSpace(ScanMixer):
         return x.to(state_dtype(x.dtype)), x
 
     def _scan(self, u: Tensor, h: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        with torch.autocast(u.device.type, enabled=False):
+        with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):
             if cu_seqlens is None:
                 return self._view_of(u, h)
-            alone = len(h) and self._convolves(u.shape[1] // len(h))
-            if not alone or torch.compiler.is_compiling():
+            S = h.shape[0]
+            if not S or not self._convolves(u.shape[1] // S) or not readable(cu_seqlens):
                 return self._recurrence(u, h, cu_seqlens)
             # One after another: together they would take the memory of a recurrence.
             each = zip(u.split(cu_seqlens.diff().tolist(), 1), h.split(1), strict=True)

@@ -301,8 +301,8 @@ def export_lm(
     fixed = [size for size in program.model.graph.inputs[0].shape if isinstance(size, int)]
     if shape is None and fixed:
         raise ValueError(
-            "recurra.onnx: torch cannot trace this model for any B and T, as those with attention; "
-            "give the sizes of its calls, such as shape=(1, 1) for steps"
+            "recurra.onnx: torch cannot trace this model for any B and T; give the sizes of its "
+            "calls, such as shape=(1, 1) for steps"
         )
     if path is not None:
         program.save(path)
