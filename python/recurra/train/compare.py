@@ -244,3 +244,4 @@ def fill(axes: list, results: Sequence[Result]) -> None:
     over_speed.set_xlabel("tokens/s of decoding, one sequence")
     over_speed.set_ylabel("bits per byte in the end")
     over_speed.margins(0.15)
+    over_speed.set_xlim(left=0)
