@@ -307,8 +307,10 @@ def test_calls_without_values(config):
 @every_form
 def test_mixers_are_mapped(config):
     mixer, x = _mixer(config), _randn(3, 2, 5, WIDTH)
-    y = torch.func.vmap(lambda x: mixer(x)[0])(x)
+    y, state = torch.func.vmap(mixer)(x)
     _assert_same(y, [mixer(one)[0] for one in x])
+    y, _ = torch.func.vmap(mixer)(x, state)
+    _assert_same(y, [mixer(one, mixer(one)[1])[0] for one in x])
 
 
 @pytest.mark.parametrize(

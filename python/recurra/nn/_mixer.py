@@ -141,8 +141,11 @@ class Mixer(nn.Module):
 
 
 def readable(x: Tensor) -> bool:
-    """Whether there are values to look at: not in a graph, of a fake tensor or on "meta"."""
-    return type(x) is Tensor and not (x.is_meta or torch.compiler.is_compiling())
+    """Whether there are values to look at: not in a graph, under torch.func, of a fake tensor or on
+    "meta"."""
+    return type(x) is Tensor and not (
+        x.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    )
 
 
 class Kept:
