@@ -157,6 +157,7 @@ class Array {
     void* const memory = mmap(nullptr, size, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
+    madvise(memory, size, MADV_NOHUGEPAGE);  // of which each piece would take 2 MiB
     return memory;
   }
   static void release(void* memory, size_t size) { munmap(memory, size); }
