@@ -22,7 +22,7 @@ from mixers import (
 )
 from recurra.lm import CONFIGS, LMConfig, gemma_scale
 from recurra.nn import RGLRU, Attention, AttentionConfig, GLUConfig, RGLRUConfig, attention
-from recurra.nn.rg_lru import _InputFactor
+from recurra.nn.rg_lru import _input_factor
 from recurra.train import checkpoint, state
 from support import threads
 from transformers_models import build, modelling_file
@@ -116,9 +116,13 @@ def test_attention_is_that_of_a_mask():
     close(mixer(x)[0], mixer.out_proj(y))
 
 
-def test_the_input_factor_is_exact_and_its_slope_is_bounded():
-    log_a = torch.tensor([0.0, -1e-9, -1e-4, -0.5, -30.0], requires_grad=True)
-    factor = _InputFactor.apply(log_a)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_input_factor_is_exact_and_its_slope_is_bounded(compiled):
+    torch.compiler.reset()
+    options = {"backend": "aot_eager", "fullgraph": True, "disable": not compiled}
+    input_factor = torch.compile(_input_factor, **options)
+    log_a = torch.tensor([0.0, -1e-9, -1e-4, -0.5, -30.0, -torch.inf], requires_grad=True)
+    factor = input_factor(log_a)
     factor.sum().backward()
     exact = (-torch.expm1(2 * log_a.detach().double())).sqrt()
     torch.testing.assert_close(factor.double(), exact, rtol=1e-6, atol=0)
@@ -126,7 +130,7 @@ def test_the_input_factor_is_exact_and_its_slope_is_bounded():
     assert log_a.grad[:2].tolist() == pytest.approx([-2000.0, -2000.0])
     torch.testing.assert_close(log_a.grad[2:].double(), slope[2:], rtol=1e-5, atol=0)
     inner = torch.tensor([-0.3, -2.0], dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(_InputFactor.apply, (inner,))
+    torch.autograd.gradcheck(input_factor, (inner,))
 
 
 def test_a_slot_that_there_is_not_is_skipped():
@@ -444,6 +448,21 @@ def test_bad_sizes_are_refused():
         Attention(8, AttentionConfig(heads=2))(
             torch.zeros(1, 9, 8), cu_seqlens=torch.tensor([0, 5, 3, 9])
         )
+
+
+def test_a_model_is_compiled_for_any_length():
+    lm = model(MIXERS["griffin"])
+    torch.compiler.reset()
+    compiled = torch.compile(lm, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T in (7, 12, 30):
+        tokens = torch.randint(0, 31, (2, T))
+        (y, after), (want, wanted) = compiled(tokens), lm(tokens)
+        torch.testing.assert_close(y, want)
+        got, want = (
+            torch.autograd.grad(f.square().sum(), list(lm.parameters())) for f in (y, want)
+        )
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(compiled(tokens, after)[0], lm(tokens, wanted)[0])
 
 
 def test_attention_is_compiled_for_any_length():

@@ -68,14 +68,22 @@ class RGLRUState(NamedTuple):
     seen: Tensor
 
 
-class _InputFactor(torch.autograd.Function):
-    """sqrt(1 - a^2) from log a, exact near a = 1; the slope of the root is held to 1000 there."""
+def _factor(log_a: Tensor) -> Tensor:
+    """sqrt(1 - a^2), exact near a = 1."""
+    return torch.expm1(2 * log_a).neg_().sqrt_()
 
+
+def _slope(log_a: Tensor, factor: Tensor) -> Tensor:
+    """That of the factor, in which the slope of the root is held to 1000."""
+    return -torch.exp(2 * log_a) / factor.clamp(min=0.5 / _MAX_SQRT_GRADIENT)
+
+
+class _InputFactor(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(log_a: Tensor) -> Tensor:
-        return torch.expm1(2 * log_a).neg_().sqrt_()
+        return _factor(log_a)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -83,8 +91,20 @@ class _InputFactor(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        log_a, factor = ctx.saved_tensors
-        return -gradient * torch.exp(2 * log_a) / factor.clamp(min=0.5 / _MAX_SQRT_GRADIENT)
+        return gradient * _slope(*ctx.saved_tensors)
+
+
+def _input_factor(log_a: Tensor) -> Tensor:
+    """The factor of the input with its slope, from log a."""
+    if not torch.compiler.is_compiling():
+        return _InputFactor.apply(log_a)
+    # The compiler fails at a second autograd.Function where sizes are symbols, as in a model of
+    # any length. 0 with the slope; below -1e3, where that is 0, none of an infinite product.
+    with torch.no_grad():
+        factor = _factor(log_a)
+        slope = _slope(log_a, factor)
+    line = log_a.clamp(min=-1e3) * slope
+    return factor + (line - line.detach())
 
 
 def _rows(slots: Tensor, states: int) -> tuple[Tensor, Tensor]:
@@ -159,7 +179,7 @@ class RGLRU(Mixer):
         r = self._gate(rows, self.recurrent_gate_weight, self.recurrent_gate_bias)
         i = self._gate(rows, self.input_gate_weight, self.input_gate_bias)
         log_a = r * (-_C * F.softplus(self.recurrent_param.to(r.dtype)))
-        factor = _InputFactor.apply(log_a).masked_fill(first.reshape(-1, 1), 1)
+        factor = _input_factor(log_a).masked_fill(first.reshape(-1, 1), 1)
         return log_a.view(u.shape), (rows * i * factor).view(u.shape)
 
     def forward(
