@@ -160,6 +160,8 @@ def test_the_functional_step_of_complex_states(slots):
     before, want = h.clone(), h.clone()
     y = recurra.linear_scan_step(want, a, b, slots=slots)
     new, got = functional(h, a, b, slots=slots)
+    if slots is not None:
+        want = want[slots.clamp(min=0)]
     assert same_bits(got, y) and same_bits(new, want) and same_bits(h, before)
     torch.library.opcheck(functional, (h, a, b), {"slots": slots})
     with pytest.raises(RuntimeError, match="linear_scan_step has no gradient; use linear_scan ov"):

@@ -215,7 +215,7 @@ def functional_step(name: str, whole: str) -> Callable:
 
     inductor's passes leave nodes of complex tensors out, and so never bring back an op that writes
     one from the form in which it writes nothing. So that form is an op here, ``_NAME_functional``,
-    whose new state, returned before the output, is copied over the old.
+    whose new states, returned before the output, are copied over the old: with slots theirs alone.
 
     Args:
         name: the op, whose state is its first argument.
@@ -226,18 +226,31 @@ def functional_step(name: str, whole: str) -> Callable:
     without = f"_{name}_functional"
     LIBRARY.define(f"{without}({arguments.replace('Tensor(a!)', 'Tensor')}(Tensor, Tensor)")
 
-    def kernel(h: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        h = h.clone()
-        return h, op(h, *args, **kwargs)
+    def used(slots: Tensor, h: Tensor) -> Tensor:
+        return slots.clamp(0, h.shape[0] - 1).long()
+
+    def kernel(h: Tensor, *args, slots: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor]:
+        if slots is None:
+            h = h.clone()
+            return h, op(h, *args, **kwargs)
+        # Memory that is not touched takes no time. A slot that stands for none reads a state, and
+        # writes what has become of it.
+        rows, new = used(slots, h), torch.empty_like(h)
+        new[rows] = h[rows]
+        out = op(new, *args, slots=slots, **kwargs)
+        return new[rows], out
 
     LIBRARY.impl(without, kernel, "CompositeExplicitAutograd")
     fake(without)(kernel)
     no_grad(without, _whole(whole))
     functional = getattr(torch.ops.recurra, without).default
 
-    def step(h: Tensor, *args, **kwargs) -> Tensor:
-        new, out = functional(h, *args, **kwargs)
-        h.copy_(new)
+    def step(h: Tensor, *args, slots: Tensor | None = None, **kwargs) -> Tensor:
+        new, out = functional(h, *args, slots=slots, **kwargs)
+        if slots is None:
+            h.copy_(new)
+        else:
+            h.index_copy_(0, used(slots, h), new)
         return out
 
     return step
