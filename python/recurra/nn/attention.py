@@ -188,7 +188,8 @@ class Attention(Mixer):
         T + window - 1); all blocks in one call: a program with a loop over them would be one for
         each T."""
         W, (B, T) = self.config.window, q.shape[:2]
-        n, span = T // _BLOCK + 1, W - 1 + _BLOCK  # never whole, which would be another program
+        # Never whole blocks, nor one, which would be other programs.
+        n, span = T // _BLOCK + (1 if isinstance(T, int) else 2), W - 1 + _BLOCK
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, n * _BLOCK - T)) for x in (q, k, v))
         q = q.reshape(B * n, _BLOCK, *q.shape[2:])
         k, v = (x.unfold(1, span, _BLOCK).permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (k, v))
@@ -197,7 +198,8 @@ class Attention(Mixer):
         ago = W - 1 + torch.arange(_BLOCK, device=q.device)[:, None] - key
         # Each sees itself, so that a row which is none has a softmax too.
         mask = ((ago >= 0) & (ago < W)) & there[:, None] | (ago == 0)
-        return self._attend(q, k, v, mask).view(B, n * _BLOCK, -1)[:, :T]
+        y = self._attend(q, k, v, mask).view(B, n * _BLOCK, -1)
+        return y[:, torch.arange(T, device=y.device)]  # a slice of all would be another program
 
     def _remember(self, k: Tensor, v: Tensor, past: AttentionState) -> AttentionState:
         """The state after T more inputs with these keys and values."""
