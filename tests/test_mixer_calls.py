@@ -113,6 +113,10 @@ def test_inputs_that_do_not_fit_are_refused(config):
         given(f"dtype float32, got {str(dtype).removeprefix('torch.')}", bad, bad[:, 0])
     with torch.autocast("cpu", torch.bfloat16):
         given("dtype float32, got float64", x.double(), x[:, 0].double())
+        given("dtype float32, got float16", x.half(), x[:, 0].half())
+        low = config.make(WIDTH).bfloat16()
+        sentence = f"{name}: x must have dtype bfloat16, got float32"
+        refused(sentence, lambda: low.step(x[:, 0], low.initial_state(2)))
 
 
 @every_form
@@ -365,6 +369,32 @@ def test_a_refused_step_changes_nothing():
     with pytest.raises(ValueError, match="Attention: k of the state must have shape"):
         griffin(8).step(torch.tensor([1]), state)
     assert not any(x.any() for part in state for x in part)
+
+
+@pytest.mark.parametrize("example", [9, 128])
+def test_attention_is_exported_for_any_length(example):
+    mixer = _mixer(AttentionConfig(heads=2, kv_heads=1, window=3))
+
+    class Whole(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixer = mixer
+
+        def forward(self, x, *state):
+            y, state = self.mixer(x, mixer.State(*state))
+            return y, *state
+
+    def given(batch: int, time: int) -> tuple[torch.Tensor, ...]:
+        state = mixer(_randn(batch, 4, WIDTH))[1]
+        return _randn(batch, time, WIDTH), *(s.detach() for s in state)
+
+    x, *state = given(3, example)
+    rows = torch.export.Dim("B", min=1, max=64)
+    shapes = {0: rows, 1: torch.export.Dim("T", min=1, max=4096)}, tuple({0: rows} for _ in state)
+    program = torch.export.export(Whole(), (x, *state), dynamic_shapes=shapes)
+    for batch, time in ((1, 1), (2, 300), (4, 256)):
+        args = given(batch, time)
+        _assert_same(program.module()(*args), Whole()(*args))
 
 
 def test_s4d_is_exported_for_any_length():

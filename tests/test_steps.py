@@ -166,3 +166,10 @@ def test_the_functional_step_of_complex_states(slots):
     torch.library.opcheck(functional, (h, a, b), {"slots": slots})
     with pytest.raises(RuntimeError, match="linear_scan_step has no gradient; use linear_scan ov"):
         functional(h, a, b.requires_grad_(), slots=slots)
+
+
+def test_a_compiled_step_of_complex_states_of_which_there_are_none():
+    a, b = torch.randn(2, 3, 20, dtype=torch.complex64)
+    step = torch.compile(recurra.linear_scan_step, backend="aot_eager", fullgraph=True)
+    y = step(a[:0].clone(), a, b, slots=torch.tensor([-1, -1, -1]))
+    assert y.shape == b.shape and not y.any()

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from recurra import ops
 from recurra._check import check_offsets, dtype_name, state_dtype
-from recurra.ops._register import CASTABLE
 
 T = TypeVar("T")
 
@@ -110,13 +109,19 @@ class Mixer(nn.Module):
         if x.dim() != 2 + rows.count(",") or x.shape[-1] != self.d_model:
             self._fail(f"x must have shape ({rows}, {self.d_model}), got {tuple(x.shape)}")
         dtype = self.dtype
-        if x.dtype != dtype and not (
-            {x.dtype, dtype} <= CASTABLE
-            and not x.is_meta  # which has no autocast
-            and torch.is_autocast_enabled(x.device.type)
-        ):
+        if x.dtype != dtype and not self._cast(x, dtype):
             self._fail(f"x must have dtype {dtype_name(dtype)}, got {dtype_name(x.dtype)}")
         return dtype
+
+    @staticmethod
+    def _cast(x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether autocast makes ``x`` an input of a mixer of ``dtype``: in a step, where nothing
+        is cast, one of float32 alone."""
+        device = x.device.type
+        if x.is_meta or not torch.is_autocast_enabled(device):  # meta tensors have no autocast
+            return False
+        both = {torch.float32, torch.get_autocast_dtype(device)}
+        return {x.dtype, dtype} <= both and (x.dim() == 3 or dtype == torch.float32)
 
     def _packed(self, x: Tensor, cu_seqlens: Tensor) -> int:
         if not isinstance(cu_seqlens, Tensor):

@@ -230,9 +230,9 @@ def functional_step(name: str, whole: str) -> Callable:
         return slots.clamp(0, h.shape[0] - 1).long()
 
     def kernel(h: Tensor, *args, slots: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor]:
-        if slots is None:
+        if slots is None or h.shape[0] == 0:
             h = h.clone()
-            return h, op(h, *args, **kwargs)
+            return h, op(h, *args, slots=slots, **kwargs)
         # Memory that is not touched takes no time. A slot that stands for none reads a state, and
         # writes what has become of it.
         rows, new = used(slots, h), torch.empty_like(h)
@@ -247,7 +247,7 @@ def functional_step(name: str, whole: str) -> Callable:
 
     def step(h: Tensor, *args, slots: Tensor | None = None, **kwargs) -> Tensor:
         new, out = functional(h, *args, slots=slots, **kwargs)
-        if slots is None:
+        if slots is None or h.shape[0] == 0:
             h.copy_(new)
         else:
             h.index_copy_(0, used(slots, h), new)
