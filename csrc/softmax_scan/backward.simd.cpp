@@ -60,7 +60,7 @@ RECURRA_INLINE void recompute(const char* s, const char* v, const char* later, i
   constexpr int64_t item = item_size(S);
 #pragma GCC unroll 2
   for (int64_t c = 0; c < channels; c += kLanes) {
-    prefetch<2>(later + c * item);
+    prefetch_lanes<S>(later + c * item);
     const State<Vec<T>> state = before.at(c);
     const Vec<T> score = load_stored<T, S>(s + c * item), value = load_stored<T, S>(v + c * item),
                  x = state.m - Vec<T>::load(decay.x + c), small = exp_minus_abs(x - score);
@@ -89,8 +89,8 @@ RECURRA_INLINE bool reverse_lanes(const StepRows& rows, int64_t c, bool has_exce
                                   const T (&held)[kHeld][Held<T>::kStride], Span<T>& span) {
   constexpr int64_t item = item_size(S);
   const Vec<T> zero(T(0));
-  prefetch<2>(rows.next_s + c * item);
-  prefetch<2>(rows.next_v + c * item);
+  prefetch_lanes<S>(rows.next_s + c * item);
+  prefetch_lanes<S>(rows.next_v + c * item);
   const Vec<T> value = load_stored<T, S>(rows.v + c * item), small = Vec<T>::load(held[3] + c);
   const Vec<T> cotangent = rows.d_o ? load_stored<T, S>(rows.d_o + c * item) : zero;
   const State<Vec<T>> state = before.at(c);

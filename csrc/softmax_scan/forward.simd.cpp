@@ -21,8 +21,8 @@ struct StepRows {
 template <bool Bonus, bool exact, DType S, class T>
 RECURRA_INLINE bool step(const StepRows& rows, int64_t c, const Parameters<T>& p, States<T>& h) {
   constexpr int64_t item = item_size(S);
-  prefetch<2>(rows.later_s + c * item);
-  prefetch<2>(rows.later_v + c * item);
+  prefetch_lanes<S>(rows.later_s + c * item);
+  prefetch_lanes<S>(rows.later_v + c * item);
   const Vec<T> score = load_stored<T, S>(rows.s + c * item),
                value = load_stored<T, S>(rows.v + c * item);
   State<Vec<T>> state = h.at(c);
