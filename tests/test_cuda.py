@@ -428,10 +428,11 @@ def test_more_than_two_billion_elements():
 @pytest.fixture(scope="module")
 def far_memory():
     """Memory for :func:`far_apart` of small tensors, all beside one another."""
-    needed = (FAR + (1 << 24)) * 8  # complex states are the widest
-    if torch.cuda.mem_get_info()[0] < needed + (2 << 30):
-        pytest.skip("needs 19 GiB of free device memory")
-    memory = torch.empty(needed, dtype=torch.uint8, device=DEVICE)
+    size = (FAR + (1 << 24)) * 8  # complex states are the widest
+    needed = size + (2 << 30)
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 2**30:.1f} GiB of free device memory")
+    memory = torch.empty(size, dtype=torch.uint8, device=DEVICE)
 
     def place(slot: int):
         begin = slot << 20

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+from recurra._check import dtype_name
+
 
 @dataclasses.dataclass(frozen=True)
 class Language:
@@ -37,7 +39,7 @@ class Language:
     recognise: Callable[[str], bool]
 
     def _check_tokens(self, tokens: Tensor) -> None:
-        kind = str(tokens.dtype).removeprefix("torch.")
+        kind = dtype_name(tokens.dtype)
         if tokens.dim() != 2:
             raise ValueError(
                 f"{self.name}: tokens must have shape (B, T), got {tuple(tokens.shape)}"

@@ -226,16 +226,20 @@ def functional_step(name: str, whole: str) -> Callable:
     without = f"_{name}_functional"
     LIBRARY.define(f"{without}({arguments.replace('Tensor(a!)', 'Tensor')}(Tensor, Tensor)")
 
-    def used(slots: Tensor, h: Tensor) -> Tensor:
+    def used(slots: Tensor | None, h: Tensor) -> Tensor | None:
+        """The states that are copied; None for all."""
+        if slots is None or h.shape[0] == 0:
+            return None
         return slots.clamp(0, h.shape[0] - 1).long()
 
     def kernel(h: Tensor, *args, slots: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor]:
-        if slots is None or h.shape[0] == 0:
+        rows = used(slots, h)
+        if rows is None:
             h = h.clone()
             return h, op(h, *args, slots=slots, **kwargs)
         # Memory that is not touched takes no time. A slot that stands for none reads a state, and
         # writes what has become of it.
-        rows, new = used(slots, h), torch.empty_like(h)
+        new = torch.empty_like(h)
         new[rows] = h[rows]
         out = op(new, *args, slots=slots, **kwargs)
         return new[rows], out
@@ -247,10 +251,8 @@ def functional_step(name: str, whole: str) -> Callable:
 
     def step(h: Tensor, *args, slots: Tensor | None = None, **kwargs) -> Tensor:
         new, out = functional(h, *args, slots=slots, **kwargs)
-        if slots is None or h.shape[0] == 0:
-            h.copy_(new)
-        else:
-            h.index_copy_(0, used(slots, h), new)
+        rows = used(slots, h)
+        h.copy_(new) if rows is None else h.index_copy_(0, rows, new)
         return out
 
     return step
